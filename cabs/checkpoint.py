@@ -1,0 +1,90 @@
+"""A controller's settings and state as plain values, and back.
+
+Guarantees: what was written reads back equal to the bit, through JSON too; what was not written by
+a controller is refused with the reason, never misread.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from cabs.configuration import Configuration
+from cabs.decision import Averages, State, is_due
+
+_FORMAT = "cabs.controller"
+_VERSION = 1
+
+
+def write_state(configuration: Configuration, state: State) -> dict[str, Any]:
+    """Return settings and state as plain values that JSON can hold."""
+    values = {**state._asdict(), **state.averages._asdict()}
+    del values["averages"]
+    return {
+        "format": _FORMAT,
+        "version": _VERSION,
+        "configuration": configuration.to_json(),
+        "state": {**values, "variance_trace": list(state.averages.variance_trace)},
+    }
+
+
+def read_state(state_dict: Any) -> tuple[Configuration, State]:
+    """Return what a controller's state dictionary holds; ValueError if it is none."""
+    if not isinstance(state_dict, dict) or state_dict.get("format") != _FORMAT:
+        raise ValueError(f"this is no state of a controller: {str(state_dict)[:80]}")
+    if state_dict.get("version") != _VERSION:
+        raise ValueError(
+            f"this state has version {state_dict.get('version')!r}, expected {_VERSION}; load "
+            "it with the release of cabs that wrote it"
+        )
+    if set(state_dict) != {"format", "version", "configuration", "state"}:
+        raise ValueError(f"this state is not whole: it holds {sorted(state_dict)}")
+    configuration = Configuration.from_json(state_dict["configuration"])
+    values = state_dict["state"]
+    try:
+        if set(values) != _KINDS.keys():
+            raise ValueError(f"it holds {sorted(values)}, expected {sorted(_KINDS)}")
+        for name, holds in _KINDS.items():
+            if not holds(values[name]):
+                raise ValueError(f"it has {name} = {values[name]!r}")
+        averages = Averages(
+            tuple(map(float, values["variance_trace"])),
+            *(float(values[name]) for name in Averages._fields[1:]),
+        )
+        plain = {name: values[name] for name in State._fields if name != "averages"}
+        state = State(**plain, averages=averages)
+        if state.batch_size not in configuration.sizes:
+            raise ValueError(f"it has batch_size = {state.batch_size}, which its sizes exclude")
+        measured = bool(averages.variance_trace)
+        weighted = averages.variance_weight > 0.0
+        if measured != weighted or not (measured or is_due(configuration, state)):
+            raise ValueError("its averages and their weights contradict each other")
+    except (TypeError, AttributeError, OverflowError, ValueError) as error:
+        raise ValueError(f"this state is damaged: {error}") from error
+    return configuration, state
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _is_finite(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def _is_weight(value: Any) -> bool:
+    return _is_finite(value) and value >= 0.0
+
+
+# What each value of a state must be.
+_KINDS: dict[str, Any] = {
+    "step": _is_count,
+    "held": _is_count,
+    "age": _is_count,
+    "batch_size": _is_count,
+    "learning_rate_factor": lambda value: _is_finite(value) and 0.0 < value <= 1.0,
+    "variance_trace": lambda value: isinstance(value, list) and all(map(_is_finite, value)),
+    "variance_weight": _is_weight,
+    "loss": _is_finite,
+    "loss_weight": _is_weight,
+}

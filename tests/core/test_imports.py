@@ -1,0 +1,40 @@
+"""The core needs no framework, and does not even try to import one."""
+
+import subprocess
+import sys
+
+PROGRAM = """
+import sys
+
+tried = []
+
+class Watch:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {
+            "torch", "jax", "tensorflow", "keras", "sklearn", "matplotlib", "scipy"
+        }:
+            tried.append(name)
+
+sys.meta_path.insert(0, Watch())
+import cabs, cabs.plot
+assert not tried, tried
+"""
+
+
+def test_importing_cabs_tries_to_import_no_framework():
+    subprocess.run([sys.executable, "-W", "error", "-c", PROGRAM], check=True)
+
+
+def test_the_watch_would_notice_an_import():
+    program = PROGRAM.replace(
+        "import cabs, cabs.plot", "import importlib.util as u; u.find_spec('torch')"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, check=False)
+    assert b"AssertionError: ['torch']" in result.stderr
+
+
+def test_all_public_names_exist_and_are_sorted():
+    import cabs
+
+    assert cabs.__all__ == sorted(cabs.__all__)
+    assert all(hasattr(cabs, name) for name in cabs.__all__)

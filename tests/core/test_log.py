@@ -1,0 +1,206 @@
+"""The run log: what is read is what was decided, after a kill and a resume too."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cabs import Controller, RunLog, decide, read_run
+from tests.core.strategies import controllers, feed, observations
+
+pytestmark = pytest.mark.filterwarnings("ignore:the batch size is 1:RuntimeWarning")
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "run.jsonl"
+
+
+def write(path, controller, steps, mode="x"):
+    decisions = []
+    with RunLog(path, controller, mode=mode) as log:
+        for step in range(controller.step, controller.step + steps):
+            decision = controller.update(
+                learning_rate=0.1, variance_trace=100.0 + 50.0 * step, loss=1.0
+            )
+            log.write(decision, examples=16, accuracy=0.5)
+            decisions.append(decision)
+    return decisions
+
+
+@given(controllers(), observations)
+def test_every_decision_reads_back_to_the_bit_and_can_be_recomputed(controller, observed):
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "run.jsonl"
+        with RunLog(path, controller) as log:
+            decisions = feed(controller, observed)
+            for decision in decisions:
+                log.write(decision)
+        run = read_run(path)
+    assert repr(run.decisions) == repr(decisions)
+    assert run.configuration == controller.configuration
+    assert not run.cut_off
+    state = run.start
+    for decision in run.decisions:
+        state, recomputed = decide(run.configuration, state, decision.observation)
+        assert repr(recomputed) == repr(decision)
+
+
+def test_the_header_says_format_version_and_settings(path):
+    write(path, Controller(16, smoothing=0.9), 3)
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert len(lines) == 4
+    assert (lines[0]["format"], lines[0]["version"]) == ("cabs.run_log", 1)
+    assert lines[0]["start"]["configuration"]["smoothing"] == 0.9
+    assert lines[1]["measurements"] == {"examples": 16, "accuracy": 0.5}
+
+
+def test_values_that_are_not_finite_stay_json(path):
+    controller = Controller(16)
+    with RunLog(path, controller) as log:
+        decision = controller.update(
+            learning_rate=math.inf, variance_trace=[math.nan, -math.inf], loss=1.0
+        )
+        log.write(decision, accuracy=math.nan)
+    for line in path.read_text().splitlines():
+        json.loads(line, parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
+    run = read_run(path)
+    assert repr(run.decisions) == repr([decision])
+    assert math.isnan(run.measurements[0]["accuracy"])
+
+
+PROGRAM = """
+import sys
+from cabs import Controller, RunLog
+controller = Controller(16)
+log = RunLog(sys.argv[1], controller)
+while True:
+    log.write(controller.update(learning_rate=0.1, variance_trace=500.0, loss=1.0))
+    print(controller.step, flush=True)
+"""
+
+
+def test_a_killed_run_loses_at_most_the_line_being_written(path):
+    process = subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, str(path)], stdout=subprocess.PIPE, text=True
+    )
+    with process:
+        written = [process.stdout.readline() for _ in range(50)]
+        os.kill(process.pid, signal.SIGKILL)
+        written += process.stdout.read().split()
+    run = read_run(path)
+    assert len(run.decisions) >= int(written[-1])
+    assert [decision.step for decision in run.decisions] == list(range(len(run.decisions)))
+
+
+def test_a_line_that_was_cut_off_is_left_out_and_said(path):
+    decisions = write(path, Controller(16), 3)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-20])
+    run = read_run(path)
+    assert run.cut_off
+    assert run.decisions == decisions[:2]
+
+
+@pytest.mark.parametrize("saved_at", [0, 3, 5])
+@pytest.mark.parametrize("cut", [0, 30])
+def test_a_resumed_run_leaves_the_log_of_an_uninterrupted_one(path, tmp_path, saved_at, cut):
+    write(tmp_path / "whole.jsonl", Controller(16), 9)
+    controller = Controller(16)
+    write(path, controller, saved_at)
+    state = controller.state_dict()
+    write(path, controller, 2, mode="a")
+    os.truncate(path, path.stat().st_size - cut)
+    resumed = Controller(16)
+    resumed.load_state_dict(state)
+    write(path, resumed, 9 - saved_at, mode="a")
+    assert path.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+
+
+def test_a_log_can_start_in_the_middle_of_a_run(path):
+    controller = Controller(16)
+    feed(controller, [{"learning_rate": 0.1, "variance_trace": 300.0, "loss": 1.0}] * 4)
+    decisions = write(path, controller, 2, mode="a")
+    run = read_run(path)
+    assert (run.start.step, run.decisions) == (4, decisions)
+
+
+def test_a_log_with_a_gap_or_other_settings_is_not_continued(path):
+    write(path, Controller(16), 2)
+    before = path.read_bytes()
+    ahead = Controller(16)
+    feed(ahead, [{"learning_rate": 0.1, "variance_trace": 300.0, "loss": 1.0}] * 4)
+    with pytest.raises(ValueError, match="steps 0 to 1, and the controller is at step 4"):
+        RunLog(path, ahead, mode="a")
+    with pytest.raises(ValueError, match=r"other settings: every = 1 there and 2 here"):
+        RunLog(path, Controller(16, every=2), mode="a")
+    assert path.read_bytes() == before
+
+
+def test_a_log_that_exists_is_not_overwritten_unasked(path):
+    write(path, Controller(16), 2)
+    with pytest.raises(FileExistsError):
+        RunLog(path, Controller(16))
+    assert len(read_run(path).decisions) == 2
+    write(path, Controller(16), 1, mode="w")
+    assert len(read_run(path).decisions) == 1
+
+
+def test_decisions_are_written_once_and_in_order(path):
+    controller = Controller(16)
+    with RunLog(path, controller) as log:
+        decision = controller.update(learning_rate=0.1, variance_trace=9.0, loss=1.0)
+        log.write(decision)
+        with pytest.raises(ValueError, match="that of step 1, got step 0"):
+            log.write(decision)
+
+
+def test_an_unknown_mode_is_refused(path):
+    with pytest.raises(ValueError, match="mode must be 'x', 'w' or 'a', got mode = 'r'"):
+        RunLog(path, Controller(16), mode="r")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "no whole line"),
+        (b"no newline", "no whole line"),
+        (b"text\n", "its first line is no JSON"),
+        (b"[]\n", "is no run log"),
+        (b"{}\n", "is no run log"),
+        (b"\xff\xfe\n", "is no run log"),
+        (b'{"format": "cabs.run_log", "version": 7}\n', "version 7, expected 1"),
+        (b'{"format": "cabs.run_log", "version": 1}\n', "line 1: this is no state"),
+    ],
+)
+def test_what_is_no_run_log_is_refused(path, content, message):
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        read_run(path)
+
+
+@given(st.data())
+def test_a_log_damaged_in_any_place_is_refused_or_reads_as_numbers(data):
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "run.jsonl"
+        write(path, Controller(16), 3)
+        content = bytearray(path.read_bytes())
+        place = data.draw(st.integers(0, len(content) - 1))
+        content[place : place + data.draw(st.integers(0, 4))] = data.draw(st.binary(max_size=4))
+        path.write_bytes(content)
+        try:
+            run = read_run(path)
+        except ValueError:
+            return
+    for decision in run.decisions:
+        assert type(decision.batch_size) is int
+        assert type(decision.observation.loss) is float
+    assert len(run.decisions) <= 3

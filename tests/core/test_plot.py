@@ -1,0 +1,57 @@
+"""The picture of a run shows what the log holds."""
+
+import builtins
+
+import pytest
+
+from cabs import Controller, RunLog, read_run
+from cabs.plot import plot_run
+
+
+@pytest.fixture
+def run(tmp_path):
+    controller = Controller(16)
+    with RunLog(tmp_path / "run.jsonl", controller) as log:
+        for step in range(40):
+            used = controller.batch_size
+            loss = float("nan") if step == 7 else 1.0
+            decision = controller.update(
+                learning_rate=0.1, variance_trace=300.0 + 50.0 * step, loss=loss
+            )
+            log.write(decision, examples=used)
+    return read_run(tmp_path / "run.jsonl")
+
+
+def test_the_axis_is_examples_seen_and_the_sizes_are_those_chosen(run, tmp_path):
+    figure = plot_run(run)
+    _, sizes = figure.axes
+    chosen = {line.get_label(): line for line in sizes.lines}["chosen"]
+    assert list(chosen.get_ydata()) == [numbers["examples"] for numbers in run.measurements]
+    assert chosen.get_xdata()[-1] == sum(numbers["examples"] for numbers in run.measurements)
+    assert sizes.get_xlabel() == "examples seen"
+    figure.savefig(tmp_path / "run.png")
+    assert (tmp_path / "run.png").stat().st_size > 10_000
+
+
+def test_without_examples_the_axis_is_the_step(run):
+    run.measurements[3].clear()
+    assert plot_run(run).axes[1].get_xlabel() == "step"
+
+
+def test_an_empty_run_is_refused(run):
+    run.decisions.clear()
+    with pytest.raises(ValueError, match="no decision to be drawn"):
+        plot_run(run)
+
+
+def test_without_matplotlib_the_error_says_what_to_install(run, monkeypatch):
+    original = builtins.__import__
+
+    def refuse(name, *arguments, **keywords):
+        if name.startswith("matplotlib"):
+            raise ModuleNotFoundError(name)
+        return original(name, *arguments, **keywords)
+
+    monkeypatch.setattr(builtins, "__import__", refuse)
+    with pytest.raises(ModuleNotFoundError, match=r"cabs-batch-size\[plot\]"):
+        plot_run(run)
