@@ -1,0 +1,9 @@
+"""Exact gradient statistics for PyTorch, from the backward pass that training does anyway.
+
+Guarantees: measures and decides nothing; the gradients are those of a plain backward pass.
+"""
+
+from cabs_torch.backward import backward
+from cabs_torch.errors import UncoveredParameterError
+
+__all__ = ["UncoveredParameterError", "backward"]

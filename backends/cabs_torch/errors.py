@@ -1,0 +1,58 @@
+"""The error for what cannot be measured exactly, in words that a user can act upon.
+
+Guarantees: it names the parameter, the operation and the way out.
+"""
+
+from __future__ import annotations
+
+import gc
+
+import torch
+
+
+class UncoveredParameterError(RuntimeError):
+    """A parameter whose per-example gradient norms this adapter cannot give exactly.
+
+    It is raised before anything was computed: the graph and all gradients are as they were.
+
+    Example:
+        >>> import torch, cabs_torch
+        >>> scale = torch.ones(3, requires_grad=True)
+        >>> cabs_torch.backward((torch.eye(3) * scale).sum(dim=1))
+        Traceback (most recent call last):
+        ...
+        cabs_torch.errors.UncoveredParameterError: a parameter of shape (3,) lies behind
+        MulBackward0, which is no addition, and there is no other rule for one; matrices,
+        convolutions and biases are covered. Freeze the parameter (requires_grad=False), or
+        estimate the variance from groups of examples with cabs.PartialStatistics
+    """
+
+
+def uncovered(parameter: torch.Tensor, problem: str) -> UncoveredParameterError:
+    """Return the error for a parameter and what is the matter with it."""
+    return UncoveredParameterError(
+        f"{describe(parameter)} {problem}; matrices, convolutions and biases are covered. Freeze "
+        "the parameter (requires_grad=False), or estimate the variance from groups of examples "
+        "with cabs.PartialStatistics"
+    )
+
+
+def describe(parameter: torch.Tensor) -> str:
+    """Return the parameter's name in its outermost module, and its shape."""
+    shape = f"shape {tuple(parameter.shape)}"
+    names = [
+        (name, type(module).__name__)
+        for module in _all_modules()
+        for name, candidate in module.named_parameters()
+        if candidate is parameter
+    ]
+    if not names:
+        return f"a parameter of {shape}"
+    # The autograd graph knows no names. The longest one is that in the outermost module.
+    name, module_name = max(names, key=lambda found: found[0].count("."))
+    return f"parameter {name!r} of {module_name}, {shape},"
+
+
+def _all_modules() -> list[torch.nn.Module]:
+    # By type() and not isinstance(), which would run code of the objects met.
+    return [found for found in gc.get_objects() if issubclass(type(found), torch.nn.Module)]

@@ -1,0 +1,210 @@
+"""Where the parameters of a model meet its batch, found by walking the autograd graph.
+
+Guarantees: every parameter that the losses depend on is met by a rule exactly once, or an error
+names it; nothing is computed and nothing is changed.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import NamedTuple
+
+from torch import Tensor
+
+from cabs_torch import norms
+from cabs_torch.errors import UncoveredParameterError, uncovered
+from cabs_torch.layout import (
+    REARRANGING,
+    Layout,
+    MixedError,
+    Node,
+    name_of,
+    of_input,
+    shape_of,
+)
+
+
+class Join(NamedTuple):
+    """An operation in which a parameter meets the batch."""
+
+    node: Node
+    """The operation's node; its first output's cotangent is what the rule wants."""
+    sum_of_squares: Callable[[Tensor], Tensor]
+    """From that cotangent, the sum over examples of the squared norm of their shares."""
+
+
+class Walk:
+    """One walk from the losses to the parameters.
+
+    Args:
+        losses: One loss an example, shape (m,), with a graph.
+
+    Raises:
+        UncoveredParameterError: If the squared norms of a parameter cannot be had exactly.
+    """
+
+    def __init__(self, losses: Tensor) -> None:
+        self.joins: list[Join] = []
+        self.leaves: set[Node] = set()
+        self._layouts: dict[tuple[Node, int], Layout] = {}
+        assert losses.grad_fn is not None
+        if len(losses) == 1:
+            # One example's gradient is the batch's: no rule is needed.
+            self.leaves.update(leaves_behind(losses.grad_fn))
+        else:
+            start = Layout(tuple(losses.shape), 1, len(losses))
+            self._visit(losses.grad_fn, losses.output_nr, start)
+
+    def _visit(self, node: Node, output: int, layout: Layout) -> None:
+        # A stack of its own, since graphs can be deeper than Python's.
+        waiting = [(node, output, layout)]
+        while waiting:
+            node, output, layout = waiting.pop()
+            known = self._layouts.setdefault((node, output), layout)
+            if known is not layout:
+                if known != layout:
+                    raise _refused(node, "has its examples in two different orders")
+                continue
+            if _is_leaf(node):
+                raise uncovered(node.variable, "holds a value for every example of the batch")
+            for index, (child, number) in enumerate(node.next_functions):
+                if child is None:
+                    continue
+                entered = self._enter(node, output, layout, index)
+                if entered is not None:
+                    waiting.append((child, number, entered))
+
+    def _enter(self, node: Node, output: int, layout: Layout, index: int) -> Layout | None:
+        """Return the layout of an input that leads to the data; None for a parameter's."""
+        name = name_of(node)
+        try:
+            if output != 0:
+                raise MixedError("has several outputs, for which there is no rule")
+            if name in _FACTORS:
+                return self._matrix(node, layout, index)
+            if name == "Convolution":
+                return self._convolution(node, layout, index)
+            inner = of_input(node, layout, index)
+        except MixedError as problem:
+            raise _refused(node, str(problem)) from None
+        if inner is None:
+            self._broadcast(node, layout, index)
+        return inner
+
+    def _broadcast(self, node: Node, layout: Layout, index: int) -> None:
+        """Meet x + b or x - b, with b the same for all examples."""
+        source = _source_of(node.next_functions[index][0])
+        if not _is_leaf(source):
+            raise _refused(source, "is broadcast over the examples, as a batch's mean would be")
+        if name_of(node) not in ("Add", "Sub"):
+            raise _refused(node, "is no addition, and there is no other rule for one")
+        self._shift(node, layout, index, 1.0 if index == 0 else float(node._saved_alpha))
+
+    def _matrix(self, node: Node, layout: Layout, index: int) -> Layout | None:
+        """Meet y = x W, or y = b + x W, with examples in the rows of x."""
+        left = _FACTORS[name_of(node)]
+        height = layout.shape[1]
+        if not height or layout.inner % height:
+            raise MixedError("has the examples in its columns")
+        shape = shape_of(*node.next_functions[index])
+        if index == left:
+            return layout._replace(shape=shape)
+        if getattr(node, "_saved_alpha", 1) != 1 or getattr(node, "_saved_beta", 1) != 1:
+            raise MixedError("scales its terms")
+        if index < left:
+            if len(shape) == 2 and shape[0] != 1:
+                raise MixedError("adds a value for every row")
+            self._shift(node, layout, index, 1.0)
+            return None
+        saved = "_saved_self" if left == 0 else "_saved_mat1"
+
+        def sum_of_squares(cotangent: Tensor) -> Tensor:
+            inputs = norms.by_example(getattr(node, saved), layout)
+            return norms.matrix(inputs, norms.by_example(cotangent, layout))
+
+        self._join(node, index, sum_of_squares)
+        return None
+
+    def _convolution(self, node: Node, layout: Layout, index: int) -> Layout | None:
+        if layout.axis()[0] != 0:
+            raise MixedError("runs along the axis that holds the examples")
+        if index == 0:
+            return layout.moved(shape_of(*node.next_functions[0]), 0)
+        if index == 2:
+            channels = (layout.shape[1], *(1 for _ in layout.shape[2:]))
+            self._join(node, 2, partial(norms.shift, layout=layout, shape=channels))
+            return None
+        if node._saved_transposed:
+            raise MixedError("is transposed")
+        kernel = shape_of(*node.next_functions[1])[2:]
+
+        def sum_of_squares(cotangent: Tensor) -> Tensor:
+            return norms.convolution(
+                node._saved_input,
+                cotangent,
+                layout,
+                kernel=kernel,
+                stride=node._saved_stride,
+                padding=node._saved_padding,
+                dilation=node._saved_dilation,
+                groups=node._saved_groups,
+            )
+
+        self._join(node, 1, sum_of_squares)
+        return None
+
+    def _shift(self, node: Node, layout: Layout, index: int, scale: float) -> None:
+        shape = shape_of(*node.next_functions[index])
+
+        def sum_of_squares(cotangent: Tensor) -> Tensor:
+            return norms.shift(cotangent, layout, shape) * scale**2
+
+        self._join(node, index, sum_of_squares)
+
+    def _join(self, node: Node, index: int, rule: Callable[[Tensor], Tensor]) -> None:
+        """Note that the parameter behind an input is covered by a rule."""
+        leaf = _source_of(node.next_functions[index][0])
+        if not _is_leaf(leaf):
+            raise _refused(leaf, f"comes between it and {node.name()}, where it meets the batch")
+        if leaf in self.leaves:
+            raise uncovered(leaf.variable, f"is used more than once, here by {node.name()}")
+        if leaf.variable._backward_hooks:
+            raise uncovered(leaf.variable, "has a hook, which can change its gradient")
+        self.leaves.add(leaf)
+        self.joins.append(Join(node, rule))
+
+
+# Operations x W, and which of their inputs is x.
+_FACTORS = {"Mm": 0, "Addmm": 1}
+
+
+def _is_leaf(node: Node) -> bool:
+    return bool(node.name() == "torch::autograd::AccumulateGrad")
+
+
+def _source_of(node: Node) -> Node:
+    """Return the node whose output a node rearranges, or the node itself."""
+    while name_of(node) in REARRANGING:
+        node, _ = node.next_functions[0]
+    return node
+
+
+def leaves_behind(node: Node) -> Iterator[Node]:
+    """Yield the leaves that a node depends on, the nearest first."""
+    seen, waiting = {node}, deque([node])
+    while waiting:
+        node = waiting.popleft()
+        if _is_leaf(node):
+            yield node
+        for child, _ in node.next_functions:
+            if child is not None and child not in seen:
+                seen.add(child)
+                waiting.append(child)
+
+
+def _refused(node: Node, problem: str) -> UncoveredParameterError:
+    """Return the error that names an operation and the nearest parameter behind it."""
+    leaf = next(leaves_behind(node))
+    return uncovered(leaf.variable, f"lies behind {node.name()}, which {problem}")

@@ -1,0 +1,235 @@
+"""What is not covered is an error before anything has happened, never a wrong number."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import cabs_torch
+from cabs_torch import UncoveredParameterError
+
+
+class Model(nn.Module):
+    """A matrix, and anything before or after it."""
+
+    def __init__(self, forward, **modules):
+        super().__init__()
+        self.matrix, self.run = nn.Linear(4, 4), forward
+        for name, module in modules.items():
+            setattr(self, name, module)
+
+    def forward(self, inputs):
+        return self.run(self, inputs)
+
+
+class Couple(torch.autograd.Function):
+    """Somebody's own function, of which nothing is known."""
+
+    @staticmethod
+    def forward(_, inputs):
+        return inputs + inputs.mean(dim=0)
+
+    @staticmethod
+    def backward(_, cotangents):
+        return cotangents + cotangents.mean(dim=0)
+
+
+# Of a name that is known for something else.
+Relu = type("Relu", (Couple,), {})
+
+
+def hooked():
+    """Return a parameter whose gradient is changed on its way."""
+    parameter = nn.Parameter(torch.ones(4))
+    parameter.register_hook(lambda gradient: 2.0 * gradient)
+    return parameter
+
+
+def watched(module):
+    """Give a module a hook that sees, and could change, the gradients that pass it."""
+    module.register_full_backward_hook(lambda *_: None)
+    return module
+
+
+def model(forward, **modules):
+    torch.manual_seed(0)
+    return Model(forward, **modules)
+
+
+def twice(m, x):
+    return m.matrix(m.matrix(x))
+
+
+REFUSED = {
+    "batch normalization in training mode": (
+        model(lambda m, x: m.norm(m.matrix(x)), norm=nn.BatchNorm1d(4)),
+        "'norm.weight' of Model, shape (4,), lies behind NativeBatchNormBackward0",
+    ),
+    "batch normalization without parameters": (
+        model(lambda m, x: m.norm(m.matrix(x)), norm=nn.BatchNorm1d(4, affine=False)),
+        "'matrix.bias' of Model, shape (4,), lies behind NativeBatchNormBackward0",
+    ),
+    "layer normalization": (
+        model(lambda m, x: m.norm(m.matrix(x)), norm=nn.LayerNorm(4)),
+        "'norm.weight' of Model, shape (4,), lies behind NativeLayerNormBackward0",
+    ),
+    "a scale": (
+        model(lambda m, x: m.matrix(x) * m.scale, scale=nn.Parameter(torch.ones(4))),
+        "'scale' of Model, shape (4,), lies behind MulBackward0, which is no addition",
+    ),
+    "a module called twice": (
+        model(twice),
+        "'matrix.bias' of Model, shape (4,), is used more than once, here by AddmmBackward0",
+    ),
+    "tied weights": (
+        model(lambda m, x: F.linear(m.matrix(x), m.matrix.weight)),
+        "'matrix.weight' of Model, shape (4, 4), is used more than once",
+    ),
+    "a mean over the batch": (
+        model(lambda m, x: m.matrix(x) - m.matrix(x).mean(dim=0)),
+        "lies behind MeanBackward1, which is broadcast over the examples",
+    ),
+    "a softmax over the batch": (
+        model(lambda m, x: m.matrix(x).softmax(dim=0)),
+        "lies behind SoftmaxBackward0, which runs along the axis that holds the examples",
+    ),
+    "similarities within the batch": (
+        model(lambda m, x: m.matrix(x) @ m.matrix(x).T),
+        "lies behind AddmmBackward0, which comes between it and MmBackward0",
+    ),
+    "attention over the batch": (
+        model(lambda m, x: torch.ones(len(x), len(x)) @ m.matrix(x)),
+        "lies behind AddmmBackward0, which comes between it and MmBackward0",
+    ),
+    "a matrix on the left": (
+        model(lambda m, x: (m.left @ x.T).T + m.matrix(x), left=nn.Parameter(torch.ones(4, 4))),
+        "'left' of Model, shape (4, 4), lies behind MmBackward0, which has the examples in its col",
+    ),
+    "a weight that is computed": (
+        model(lambda m, x: F.linear(x, m.weight * 2.0), weight=nn.Parameter(torch.ones(4, 4))),
+        "'weight' of Model, shape (4, 4), lies behind MulBackward0, which comes between it and Mm",
+    ),
+    "an embedding": (
+        model(lambda m, x: m.matrix(m.table(x[:, 0].abs().long())), table=nn.Embedding(9, 4)),
+        "'table.weight' of Model, shape (9, 4), lies behind EmbeddingBackward0",
+    ),
+    "a transposed convolution": (
+        model(lambda m, x: m.up(m.matrix(x)[:, None]), up=nn.ConvTranspose1d(1, 2, 3)),
+        "'up.weight' of Model, shape (1, 2, 3), lies behind ConvolutionBackward0, which is transp",
+    ),
+    "a penalty on the weights": (
+        model(lambda m, x: m.matrix(x) + m.matrix.weight.square().sum()),
+        "'matrix.weight' of Model, shape (4, 4), lies behind SumBackward0, which is broadcast",
+    ),
+    "a value for every example": (
+        model(lambda m, x: m.matrix(x) + m.table, table=nn.Parameter(torch.ones(5, 4))),
+        "'table' of Model, shape (5, 4), holds a value for every example of the batch",
+    ),
+    "an unknown function": (
+        model(lambda m, x: Couple.apply(m.matrix(x))),
+        "lies behind CoupleBackward, which is an operation without a rule",
+    ),
+    "a function with the name of a known one": (
+        model(lambda m, x: Relu.apply(m.matrix(x))),
+        "lies behind ReluBackward, which is an operation without a rule",
+    ),
+    "a module with a backward hook": (
+        model(lambda m, x: m.after(m.matrix(x)), after=watched(nn.Linear(4, 4))),
+        "lies behind BackwardHookFunctionBackward, which is an operation without a rule",
+    ),
+    "a parameter with a hook": (
+        model(lambda m, x: m.matrix(x) + m.shift, shift=hooked()),
+        "'shift' of Model, shape (4,), has a hook, which can change its gradient",
+    ),
+    "a value for every row": (
+        model(
+            lambda m, x: torch.addmm(m.rows, x, m.w),
+            rows=nn.Parameter(torch.ones(5, 4)),
+            w=nn.Parameter(torch.ones(4, 4)),
+        ),
+        "'rows' of Model, shape (5, 4), lies behind AddmmBackward0, which adds a value for every",
+    ),
+    "a product of terms that are scaled": (
+        model(
+            lambda m, x: torch.addmm(m.bias, x, m.w, alpha=2.0),
+            bias=nn.Parameter(torch.ones(4)),
+            w=nn.Parameter(torch.ones(4, 4)),
+        ),
+        "lies behind AddmmBackward0, which scales its terms",
+    ),
+    "examples in two orders": (
+        model(
+            lambda m, x: (lambda h: (h + h.T)[:, :1])(F.linear(x, m.square)),
+            square=nn.Parameter(torch.ones(5, 4)),
+        ),
+        "without a rule|two different orders|columns",
+    ),
+    "a recurrent network": (
+        model(
+            lambda m, x: m.cell(m.matrix(x)[:, None])[0].flatten(1),
+            cell=nn.LSTM(4, 3, batch_first=True),
+        ),
+        "lies behind",
+    ),
+    "examples that were flipped": (
+        model(lambda m, x: m.matrix(x).flip(0)),
+        "lies behind FlipBackward0, which is an operation without a rule",
+    ),
+    "a batch seen as something else": (
+        model(lambda m, x: m.after(m.matrix(x).reshape(4, 5)).reshape(5, 4), after=nn.Linear(5, 5)),
+        "spreads the examples over several axes|columns",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_it_is_refused(case):
+    network, message = REFUSED[case]
+    network.zero_grad()
+    torch.manual_seed(0)
+    losses = network(torch.randn(5, 4)).flatten(1).square().mean(dim=1)
+    with pytest.raises(UncoveredParameterError) as refused:
+        cabs_torch.backward(losses)
+    assert any(part in str(refused.value) for part in message.split("|")), str(refused.value)
+    assert "cabs.PartialStatistics" in str(refused.value)
+    # Nothing has happened: no gradient, no hook, and the graph still stands.
+    assert all(parameter.grad is None for parameter in network.parameters())
+    losses.mean().backward()
+
+
+def test_a_parameter_without_a_module_is_named_by_its_shape():
+    scale = torch.ones(3, requires_grad=True)
+    with pytest.raises(UncoveredParameterError, match=r"^a parameter of shape \(3,\) lies behind"):
+        cabs_torch.backward((torch.randn(2, 3) * scale).sum(dim=1))
+
+
+@pytest.mark.parametrize(
+    ("losses", "error", "message"),
+    [
+        (lambda p: [p.sum()], TypeError, "losses must be a tensor, got list"),
+        (
+            lambda _: torch.ones(3, dtype=torch.int64),
+            TypeError,
+            "floating-point type, got torch.int64",
+        ),
+        (lambda p: p.sum(), ValueError, r"shape \(m,\), one loss an example, got shape \(\)"),
+        (lambda p: p[None] * 2.0, ValueError, r"got shape \(1, 3\)"),
+        (lambda p: p[:0] * 2.0, ValueError, r"got shape \(0,\)"),
+        (lambda p: (p * 2.0).detach(), ValueError, "must carry a graph"),
+        (lambda p: p, ValueError, "must carry a graph"),
+    ],
+)
+def test_what_is_no_batch_of_losses_is_refused(losses, error, message):
+    with pytest.raises(error, match=message):
+        cabs_torch.backward(losses(torch.ones(3, requires_grad=True)))
+
+
+def test_hooks_are_gone_after_an_error_in_the_backward_pass():
+    layer = nn.Linear(3, 2)
+    outputs = layer(torch.randn(4, 3))
+    outputs.register_hook(lambda _: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        cabs_torch.backward(outputs.square().mean(dim=1))
+    losses = layer(torch.randn(4, 3)).square().mean(dim=1)
+    losses.mean().backward()
+    assert float(cabs_torch.backward(layer(torch.randn(4, 3)).square().mean(dim=1)).mean_square) > 0
