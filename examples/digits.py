@@ -1,0 +1,87 @@
+"""Trains a small network on images while CABS sets the batch size.
+
+    python examples/digits.py
+    python examples/digits.py --backend numpy
+    python examples/digits.py --data fashion-mnist --data-dir DIR --epochs 3
+
+Leaves the run log, run.jsonl, and a figure, run.png, in the folder given by --out.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from tqdm import tqdm
+
+import cabs
+import training
+from cabs.plot import plot_run
+from datasets import load
+
+
+def arguments() -> argparse.Namespace:
+    """Return what the command line asks for."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--backend", choices=training.BACKENDS, default="torch")
+    parser.add_argument(
+        "--data", choices=("digits", "mnist", "fashion-mnist", "cifar10"), default="digits"
+    )
+    parser.add_argument("--data-dir", type=Path, help="folder that holds the published files")
+    parser.add_argument("--learning-rate", type=float, default=0.1)
+    parser.add_argument("--epochs", type=int, default=30)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=Path("runs/digits"))
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Train, show progress, and leave the log and the figure."""
+    options = arguments()
+    data = load(options.data, options.data_dir)
+    examples, *image_shape = data.train_images.shape
+    classes = int(data.train_labels.max()) + 1
+    trainer = training.trainer(options.backend, tuple(image_shape), classes, options.seed)
+
+    sizes = cabs.BatchSizes.range(16, min(2048, examples))
+    controller = cabs.Controller(16, sizes=sizes)
+    sampler = cabs.BatchSampler(examples, controller, seed=options.seed)
+    options.out.mkdir(parents=True, exist_ok=True)
+    path = options.out / "run.jsonl"
+
+    rate = options.learning_rate
+    with (
+        cabs.RunLog(path, controller, mode="w") as log,
+        tqdm(total=options.epochs * examples, unit=" examples", unit_scale=True) as progress,
+    ):
+        while sampler.epoch < options.epochs:
+            for indices in sampler:
+                step = trainer.step(data.train_images[indices], data.train_labels[indices], rate)
+                decision = controller.update(
+                    learning_rate=options.learning_rate,
+                    variance_trace=step.variance_trace,
+                    loss=step.loss,
+                )
+                # Below 1 only where the rule asks for more than the largest batch.
+                rate = options.learning_rate * decision.learning_rate_factor
+                log.write(decision, examples=len(indices), accuracy=step.accuracy)
+                progress.update(len(indices))
+                progress.set_postfix(
+                    loss=f"{decision.loss:.3f}",
+                    accuracy=f"{float(step.accuracy):.3f}",
+                    batch=decision.batch_size,
+                )
+
+    run = cabs.read_run(path)
+    used = [numbers["examples"] for numbers in run.measurements]
+    figure = options.out / "run.png"
+    plot_run(run).savefig(figure, dpi=150)
+    print(f"batch sizes from {min(used)} to {max(used)} in {len(used)} steps")
+    print(f"test accuracy {trainer.accuracy(data.test_images, data.test_labels):.4f}")
+    print(f"log {path}, figure {figure}")
+
+
+if __name__ == "__main__":
+    main()

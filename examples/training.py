@@ -1,0 +1,36 @@
+"""What an example needs of a framework: this much, and no more."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any, NamedTuple, Protocol
+
+from datasets import Images, Labels
+
+BACKENDS = ("torch", "numpy")
+
+
+class Step(NamedTuple):
+    """What one training step showed; numbers of any framework."""
+
+    loss: Any
+    variance_trace: Any
+    accuracy: Any
+
+
+class Trainer(Protocol):
+    """A model and its gradient descent, in some framework."""
+
+    def step(self, images: Images, labels: Labels, learning_rate: float) -> Step:
+        """Take one step on a batch."""
+        ...
+
+    def accuracy(self, images: Images, labels: Labels) -> float:
+        """Return the share of images that are classified rightly."""
+        ...
+
+
+def trainer(backend: str, image_shape: tuple[int, ...], classes: int, seed: int) -> Trainer:
+    """Return the trainer of a backend, from the module ``train_<backend>``."""
+    made: Trainer = importlib.import_module(f"train_{backend}").Trainer(image_shape, classes, seed)
+    return made

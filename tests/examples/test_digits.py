@@ -1,0 +1,59 @@
+"""The example does what the README promises, on small budgets."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import cabs
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "digits.py"
+DATA = Path(__file__).parents[3] / "shared" / "data"
+
+
+def run(out, *options):
+    command = [sys.executable, "-W", "error", str(EXAMPLE), "--out", str(out), *options]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    accuracy = re.search(r"test accuracy (\d\.\d+)", result.stdout)
+    assert accuracy, result.stdout
+    assert "batch=" in result.stderr
+    assert (out / "run.png").read_bytes().startswith(b"\x89PNG")
+    return float(accuracy[1]), cabs.read_run(out / "run.jsonl")
+
+
+@pytest.mark.parametrize(("backend", "epochs"), [("torch", 8), ("numpy", 3)])
+def test_digits_are_learned_while_the_batch_size_moves(tmp_path, backend, epochs):
+    accuracy, log = run(tmp_path, "--backend", backend, "--epochs", str(epochs))
+    assert accuracy >= 0.95 if backend == "torch" else accuracy >= 0.90
+    seen = sum(numbers["examples"] for numbers in log.measurements)
+    assert seen == epochs * 1437
+    if backend == "torch":
+        sizes = {decision.batch_size for decision in log.decisions}
+        assert min(sizes) == 16
+        assert max(sizes) >= 32
+
+
+def test_the_same_seed_gives_the_same_run_to_the_bit(tmp_path):
+    logs = [run(tmp_path / name, "--epochs", "1")[1] for name in ("one", "two")]
+    assert logs[0] == logs[1]
+
+
+@pytest.mark.skipif(not DATA.is_dir(), reason="the published files are not beside the checkout")
+def test_published_files_are_read(tmp_path):
+    options = ("--backend", "numpy", "--epochs", "1", "--learning-rate", "0.02")
+    accuracy, _ = run(
+        tmp_path, "--data", "fashion-mnist", "--data-dir", str(DATA / "fashion-mnist"), *options
+    )
+    assert accuracy > 0.75
+
+
+def test_a_missing_folder_is_said_in_one_line(tmp_path):
+    command = [sys.executable, str(EXAMPLE), "--data", "mnist", "--out", str(tmp_path)]
+    for options, message in (([], "needs --data-dir"), (["--data-dir", "nowhere"], "there is no")):
+        result = subprocess.run([*command, *options], capture_output=True, text=True, check=False)
+        assert result.returncode == 1
+        assert message in result.stderr
+        assert "Traceback" not in result.stderr
