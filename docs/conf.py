@@ -1,0 +1,29 @@
+"""How the documentation is built."""
+
+from importlib.metadata import version as installed_version
+
+project = "cabs"
+author = "The cabs developers"
+copyright = "2026, the cabs developers"
+version = release = installed_version("cabs-batch-size")
+
+extensions = [
+    "sphinx.ext.autodoc",
+    "sphinx.ext.doctest",
+    "sphinx.ext.mathjax",
+    "sphinx.ext.napoleon",
+]
+html_theme = "furo"
+html_title = f"cabs {version}"
+nitpicky = True
+# Names of NumPy, PyTorch and the standard library, which have documentation of their own.
+nitpick_ignore_regex = [("py:.*", r"(?!cabs).*")]
+
+autodoc_member_order = "bysource"
+autodoc_typehints = "none"
+napoleon_google_docstring = True
+napoleon_numpy_docstring = False
+doctest_global_setup = """
+from cabs import *
+"""
+exclude_patterns = ["_build"]

@@ -1,0 +1,110 @@
+"""One command an intent, the same here and in continuous integration.
+
+``nox -s tests`` (core on each supported Python found, and each framework on this one), ``lint``,
+``docs``, ``package``, ``bench``. Only the Pythons that are missing are skipped, and said to be; a
+framework that cannot be installed is an error.
+"""
+
+import os
+import shutil
+from pathlib import Path
+
+import nox
+
+ROOT = Path(__file__).parent
+PROJECT = nox.project.load_toml(ROOT / "pyproject.toml")
+PYTHONS = nox.project.python_versions(PROJECT)
+FRAMEWORKS = ("torch",)
+
+nox.options.default_venv_backend = "virtualenv"
+nox.options.download_python = "never"
+nox.options.error_on_missing_interpreters = False
+nox.options.sessions = ["tests", "lint", "docs", "package"]
+
+
+def interpreter(version: str) -> str:
+    """Return what nox is to look for; pyenv keeps Pythons that are not active off the path."""
+    root = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"))
+    found = sorted(root.glob(f"versions/{version}.*/bin/python{version}"))
+    return str(found[-1]) if found else version
+
+
+def install(session: nox.Session, *requirements: str, groups: tuple[str, ...] = ()) -> None:
+    """Install what is asked for, in the versions that the constraints file pins."""
+    wanted = nox.project.dependency_groups(PROJECT, *groups) if groups else ()
+    session.install("--constraint", str(ROOT / "constraints.txt"), *requirements, *wanted)
+
+
+def run_tests(session: nox.Session, target: str, *sources: str) -> None:
+    """Run one target's tests and the examples in its docstrings."""
+    session.run("pytest", f"tests/{target}", "--doctest-modules", *sources, *session.posargs)
+
+
+@nox.session
+@nox.parametrize(
+    "python,target",
+    [(interpreter(version), "core") for version in PYTHONS] + [(None, name) for name in FRAMEWORKS],
+    ids=[f"core-{version}" for version in PYTHONS] + list(FRAMEWORKS),
+)
+def tests(session: nox.Session, target: str) -> None:
+    """Run the tests of the core, or of one framework with its adapter and example."""
+    if target == "core":
+        install(session, "-e", ".[plot]", groups=("test",))
+        run_tests(session, "core", "cabs")
+    else:
+        install(session, "-e", f".[{target},examples]", groups=("test",))
+        run_tests(session, target, f"backends/cabs_{target}")
+        session.run("pytest", "tests/examples", *session.posargs)
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Check style and types."""
+    install(session, "-e", ".[torch,plot]", groups=("lint", "test"))
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+    session.run("mypy")
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """Build the documentation with warnings as errors, and run its examples."""
+    install(session, "-e", ".[torch,plot]", groups=("docs",))
+    for builder in ("html", "doctest"):
+        target = f"docs/_build/{builder}"
+        session.run("sphinx-build", "-W", "--keep-going", "-q", "-b", builder, "docs", target)
+
+
+@nox.session
+def package(session: nox.Session) -> None:
+    """Build the wheel, install it alone, and run the tests against it, far from the sources."""
+    install(session, groups=("package",))
+    built = Path(session.create_tmp()) / "dist"
+    shutil.rmtree(built, ignore_errors=True)
+    session.run("python", "-m", "build", "--outdir", str(built), str(ROOT), silent=True)
+    (wheel,) = built.glob("*.whl")
+    session.run("python", "-m", "pip", "uninstall", "-qy", "build")
+    install(session, f"{wheel}[torch,plot]", groups=("test",))
+    away = Path(session.create_tmp()) / "away"
+    shutil.rmtree(away, ignore_errors=True)
+    shutil.copytree(ROOT / "tests", away / "tests")
+    shutil.copy(ROOT / "pyproject.toml", away)
+    session.chdir(away)
+    session.run("python", "-c", PROVE_INSTALLED)
+    session.run("pytest", "tests/core", "tests/torch", *session.posargs)
+
+
+PROVE_INSTALLED = """
+import cabs, cabs_torch, pathlib, sysconfig
+site = pathlib.Path(sysconfig.get_path("purelib"))
+for module in (cabs, cabs_torch):
+    assert pathlib.Path(module.__file__).is_relative_to(site), module.__file__
+    assert pathlib.Path(module.__file__).with_name("py.typed").exists()
+"""
+
+
+@nox.session
+def bench(session: nox.Session) -> None:
+    """Measure the core; nothing else should run meanwhile."""
+    install(session, "-e", ".[torch]")
+    session.run("python", "tests/benchmarks/core.py", *session.posargs)
