@@ -24,7 +24,9 @@ def cross_entropy(outputs, targets):
 
 
 def squares(outputs, targets):
-    return (outputs.flatten(1) - targets[:, None]).square().mean(dim=1)
+    # Far from the outputs: where the two nearly agree, rounding errors of the forward pass are all
+    # that a gradient in single precision holds.
+    return (outputs.flatten(1) - 5.0 - targets[:, None]).square().mean(dim=1)
 
 
 @settings(max_examples=60)
