@@ -20,9 +20,12 @@ def debiased_step(mean: float, value: float, weight: float) -> float:
     """Return the average after ``value``; ``weight`` counts it already.
 
     Equal to the usual exponential average divided by 1 - beta^t (Kingma, Ba: "Adam", section 3),
-    written as a running mean, so that equal values leave it where it is.
+    written so that equal values leave it where it is, and a weight of 1 keeps the value alone.
     """
-    return mean + (value - mean) / weight
+    share = (weight - 1.0) / weight
+    average = value + (mean - value) * share
+    # The difference of two finite numbers can overflow; their average cannot.
+    return average if math.isfinite(average) else mean * share + value / weight
 
 
 def check_smoothing(smoothing: Scalar) -> float:

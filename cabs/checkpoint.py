@@ -55,9 +55,15 @@ def read_state(state_dict: Any) -> tuple[Configuration, State]:
         state = State(**plain, averages=averages)
         if state.batch_size not in configuration.sizes:
             raise ValueError(f"it has batch_size = {state.batch_size}, which its sizes exclude")
+        most = (1.0 + 1e-9) / (1.0 - configuration.smoothing)
+        if state.held > state.step or state.age < 1:
+            raise ValueError("its counts contradict each other")
+        if not averages.variance_weight <= averages.loss_weight <= most:
+            raise ValueError("its averages weigh more than they can")
         measured = bool(averages.variance_trace)
         weighted = averages.variance_weight > 0.0
-        if measured != weighted or not (measured or is_due(configuration, state)):
+        unseen = averages.loss_weight == 0.0 and state.step > state.held
+        if measured != weighted or unseen or not (measured or is_due(configuration, state)):
             raise ValueError("its averages and their weights contradict each other")
     except (TypeError, AttributeError, OverflowError, ValueError) as error:
         raise ValueError(f"this state is damaged: {error}") from error

@@ -1,7 +1,7 @@
 """What a controller was told once: every setting, validated.
 
-Guarantees: a configuration that exists is sound, immutable, and equal to another exactly when it
-decides alike; it goes through JSON and comes back equal.
+Guarantees: a configuration that exists is sound and immutable; it goes through JSON and comes back
+equal.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cabs.averages import check_smoothing
-from cabs.scalars import as_float, as_integer
+from cabs.scalars import as_bool, as_float, as_integer
 from cabs.sizes import BatchSizes
 
 DEFAULT_SIZES = BatchSizes.range(16, 2048)
@@ -20,7 +20,13 @@ DEFAULT_SIZES = BatchSizes.range(16, 2048)
 
 @dataclass(frozen=True, slots=True)
 class Configuration:
-    """The settings of a :class:`cabs.Controller`, which documents them."""
+    """The settings of a :class:`cabs.Controller`, which documents them.
+
+    Example:
+        >>> configuration = Configuration(16, smoothing=0.9)
+        >>> Configuration.from_json(configuration.to_json()) == configuration
+        True
+    """
 
     batch_size: int
     sizes: BatchSizes = DEFAULT_SIZES
@@ -44,8 +50,7 @@ class Configuration:
         settle("hysteresis", as_float(self.hysteresis, "hysteresis"))
         settle("every", as_integer(self.every, "every", 1))
         for name in ("debias", "single_precision"):
-            if not isinstance(getattr(self, name), bool):
-                raise TypeError(f"{name} must be a bool, got {name} = {getattr(self, name)!r}")
+            as_bool(getattr(self, name), name)
         if self.batch_size not in self.sizes:
             raise ValueError(
                 f"batch_size must be one of the sizes allowed, {self.sizes!r}, got batch_size = "

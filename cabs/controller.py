@@ -135,7 +135,7 @@ class Controller:
         return self._state.step
 
     @property
-    def held(self) -> int:
+    def held_steps(self) -> int:
         """How many of these decisions held the batch size for want of a value of the rule."""
         return self._state.held
 
@@ -185,7 +185,7 @@ class Controller:
             None if variance_trace is None else as_floats(variance_trace, "variance_trace"),
             as_float(loss, "loss"),
         )
-        self._state, decision = decide(self._configuration, self._state, observation)
+        state, decision = decide(self._configuration, self._state, observation)
         if decision.batch_size == 1 and decision.reason is Reason.VARIANCE_NOT_FINITE:
             warnings.warn(
                 "the batch size is 1 and the variance is not finite: one example shows no "
@@ -194,6 +194,8 @@ class Controller:
                 RuntimeWarning,
                 stacklevel=2,
             )
+        # Last, since a warning can be an error, and then nothing is to have changed.
+        self._state = state
         return decision
 
     def state_dict(self) -> dict[str, Any]:
@@ -226,4 +228,7 @@ class Controller:
         self._state = state
 
     def __repr__(self) -> str:
-        return f"Controller(batch_size={self.batch_size}, step={self.step}, held={self.held})"
+        return (
+            f"Controller(batch_size={self.batch_size}, step={self.step}, "
+            f"held_steps={self.held_steps})"
+        )

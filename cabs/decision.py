@@ -8,6 +8,7 @@ observation that does not fit raises before anything has changed.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 from enum import StrEnum
 from itertools import repeat
@@ -21,7 +22,14 @@ from cabs.rules import coupled
 
 
 class Reason(StrEnum):
-    """Why a decision chose its batch size. In the last five nothing was decided: it was held."""
+    """Why a decision chose its batch size. In the last five nothing was decided: it was held.
+
+    Example:
+        >>> Reason.MAXIMUM.value, Reason.MAXIMUM.held
+        ('maximum', False)
+        >>> Reason("loss at floor").held
+        True
+    """
 
     RULE = "rule"
     """The allowed size nearest to the rule's value."""
@@ -42,7 +50,7 @@ class Reason(StrEnum):
     LOSS_AT_FLOOR = "loss at floor"
     """The averaged loss is at or under the floor, where the rule has no value."""
     RULE_NOT_FINITE = "rule not finite"
-    """The observations are finite and the rule's value overflows."""
+    """The observations are finite and the rule's terms overflow in opposite directions."""
 
     @property
     def held(self) -> bool:
@@ -65,7 +73,12 @@ _RULE, _MAXIMUM = Reason.RULE, Reason.MAXIMUM
 
 
 class Observation(NamedTuple):
-    """What one training step told the controller."""
+    """What one training step told the controller.
+
+    Example:
+        >>> Observation(learning_rate=(0.1,), variance_trace=(900.0,), loss=1.5).loss
+        1.5
+    """
 
     learning_rate: tuple[float, ...]
     """One for all parameters, or one per parameter group."""
@@ -76,7 +89,12 @@ class Observation(NamedTuple):
 
 
 class Averages(NamedTuple):
-    """The smoothed observations."""
+    """The smoothed observations.
+
+    Example:
+        >>> Averages(variance_trace=(900.0,), variance_weight=1.0, loss=1.5, loss_weight=1.0).loss
+        1.5
+    """
 
     variance_trace: tuple[float, ...]
     """One per parameter group; empty before the first measurement."""
@@ -88,7 +106,12 @@ class Averages(NamedTuple):
 
 
 class State(NamedTuple):
-    """All that a controller remembers between two steps."""
+    """All that a controller remembers between two steps.
+
+    Example:
+        >>> initial_state(Configuration(16)).batch_size
+        16
+    """
 
     step: int
     """How many observations there have been."""
@@ -104,7 +127,17 @@ class State(NamedTuple):
 
 
 class Decision(NamedTuple):
-    """What the controller decided at one step, and why."""
+    """What the controller decided at one step, and why.
+
+    Example:
+        >>> _, decision = decide(
+        ...     Configuration(16),
+        ...     initial_state(Configuration(16)),
+        ...     Observation(learning_rate=(0.1,), variance_trace=(900.0,), loss=1.5),
+        ... )
+        >>> decision.raw, decision.batch_size, decision.held
+        (60.0, 60, False)
+    """
 
     step: int
     """Counted from 0."""
@@ -112,17 +145,17 @@ class Decision(NamedTuple):
     """Size of the next batch, in examples."""
     raw: float | None
     """The rule's value, in examples, before it was moved to an allowed size; None if held."""
-    variance_trace: float | None
+    average_variance_trace: float | None
     """The averaged trace, summed over parameter groups; None before the first measurement."""
-    loss: float | None
+    average_loss: float | None
     """The averaged loss; None before the first."""
     reason: Reason
     """Why this size."""
     learning_rate_factor: float
     """Multiply the learning rate by this to keep lr * trace / size where the rule wants it.
 
-    Largest size over raw value where the rule asks for more than the largest size, 1 elsewhere.
-    Keep reporting the learning rate without it.
+    Chosen size over raw value where the rule asks for more than the largest size, 1 elsewhere; a
+    held decision keeps the last. Go on reporting the learning rate without it.
     """
     observation: Observation
     """What was decided upon."""
@@ -134,7 +167,12 @@ class Decision(NamedTuple):
 
 
 def initial_state(configuration: Configuration) -> State:
-    """Return the state before the first observation."""
+    """Return the state before the first observation.
+
+    Example:
+        >>> initial_state(Configuration(16)).step
+        0
+    """
     # The published averages start at a variance of 0 and a loss of 1; the debiased ones at none.
     return State(
         step=0,
@@ -159,6 +197,15 @@ def decide(
     Raises:
         ValueError: If a learning rate is negative, the numbers of parameter groups do not fit, or
             the variance is missing where it is due.
+
+    Example:
+        >>> configuration = Configuration(16, every=2)
+        >>> state = initial_state(configuration)
+        >>> for trace in ((900.0,), None):
+        ...     observation = Observation((0.1,), trace, loss=1.5)
+        ...     state, decision = decide(configuration, state, observation)
+        >>> state.step, decision.batch_size
+        (2, 60)
     """
     rates, traces, _ = observation
     _check(configuration, state, rates, traces)
@@ -170,13 +217,15 @@ def decide(
         rule = _published_rule if configuration.single_precision else coupled
         raw = rule(rates, averages.variance_trace, excess)
     # A rate or trace that is not finite, now or in the averages, leaves no finite value.
-    if raw is not None and math.isfinite(raw):
-        batch_size, reason = _choose(configuration, batch_size, raw)
-        factor = batch_size / raw if reason is _MAXIMUM else 1.0
-    else:
-        raw, reason = None, _why_held(configuration, observation, averages)
+    if raw is None or not math.isfinite(raw):
+        reason = _why_held(configuration, observation, averages)
         if reason not in (Reason.LOSS_AT_FLOOR, Reason.RULE_NOT_FINITE):
-            averages = state.averages
+            averages, raw = state.averages, None
+        elif raw is not None:
+            raw = None if math.isnan(raw) else math.copysign(sys.float_info.max, raw)
+    if raw is not None:
+        batch_size, reason = _choose(configuration, batch_size, raw)
+        factor = batch_size / raw if raw > configuration.sizes.maximum else 1.0
     measured = traces is not None and averages is not state.averages
     means = averages.variance_trace
     after = State(
@@ -208,8 +257,9 @@ def _check(
 ) -> None:
     """Raise ValueError if an observation does not fit the state."""
     known = state.averages.variance_trace
-    if min(rates) < 0.0:
-        raise ValueError(f"learning_rate must be at least 0, got learning_rate = {min(rates)}")
+    for rate in rates:
+        if rate < 0.0:
+            raise ValueError(f"learning_rate must be at least 0, got learning_rate = {rate}")
     if traces is None:
         if is_due(configuration, state):
             raise ValueError(
@@ -269,7 +319,7 @@ def _published(
         return float(smoothing * number(mean) + (number(1.0) - smoothing) * number(value))
 
     means, weight, values = *averages[:2], observation.variance_trace
-    with np.errstate(over="ignore", invalid="ignore"):
+    with np.errstate(all="ignore"):
         if values is not None:
             means, weight = tuple(map(step, means or repeat(0.0), values)), 1.0
         return Averages(means, weight, step(averages.loss, observation.loss), 1.0)
@@ -279,7 +329,7 @@ def _published_rule(
     rates: tuple[float, ...], traces: tuple[float, ...], excess_loss: float
 ) -> float:
     """Return the rule's value in the precision and order of operations of the authors' code."""
-    with np.errstate(over="ignore", invalid="ignore"):
+    with np.errstate(all="ignore"):
         loss = np.float32(excess_loss)
         if len(rates) == 1:
             total = sum(map(np.float32, traces), np.float32(0.0))

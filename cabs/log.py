@@ -2,8 +2,9 @@
 
 Guarantees: every line is handed to the operating system before ``write`` returns, so a killed run
 loses at most the line being written; a log is one unbroken sequence of decisions, also after the
-run was resumed from a checkpoint; what is read equals what was decided, to the bit. Refuses to
-read a log of another format or version, or one damaged anywhere but in its last line.
+run was resumed from a checkpoint; what is read is what was decided, to the bit, since every
+decision is made again when it is read. Refuses to read a log of another format or version, or one
+damaged anywhere but in a last line that lacks its end.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import json
 import math
 import os
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -19,7 +21,7 @@ from typing import Any, Literal, Self
 from cabs.checkpoint import read_state
 from cabs.configuration import Configuration
 from cabs.controller import Controller
-from cabs.decision import Decision, Observation, Reason, State
+from cabs.decision import Decision, Observation, Reason, State, decide
 from cabs.scalars import Scalar, as_float
 
 _FORMAT = "cabs.run_log"
@@ -31,17 +33,16 @@ class RunLog:
 
     Args:
         path: The file, by custom with the ending ``.jsonl``.
-        controller: The controller whose decisions will be written, in the state in which it makes
-            the first of them.
+        controller: The controller whose decisions will be written; for a new file, in the state in
+            which it makes the first of them.
         mode: ``"x"`` makes a new file and refuses to touch one that exists, ``"w"`` replaces it,
-            ``"a"`` goes on with the log of a run that was resumed: decisions in it from the
-            controller's step on, and a line that was cut off, are dropped, since the run makes them
-            again.
+            ``"a"`` goes on with the log of a run that was resumed. When the first decision is then
+            written, those in the log from its step on, which the run makes again, are moved to a
+            file of the same name and ``.dropped``.
 
     Raises:
         FileExistsError: In mode ``"x"``, if the file exists.
-        ValueError: In mode ``"a"``, if the file is no run log, belongs to other settings, or
-            stops before the controller's step.
+        ValueError: In mode ``"a"``, if the file is no run log or belongs to other settings.
 
     Example:
         >>> import tempfile, pathlib
@@ -64,19 +65,25 @@ class RunLog:
     ) -> None:
         if mode not in ("x", "w", "a"):
             raise ValueError(f"mode must be 'x', 'w' or 'a', got mode = {mode!r}")
-        self.path = Path(path)
-        self._step = controller.step
-        resumed = mode == "a" and self.path.exists()
-        if resumed:
-            keep = _length_before(self.path, controller)
-            os.truncate(self.path, keep)
-        # Unbuffered: one write a line reaches the operating system whole or is the last.
-        self._file = open(self.path, "ab" if resumed else f"{mode}b", buffering=0)  # noqa: SIM115
-        if not resumed:
+        self.path = Path(os.fsdecode(path))
+        self._step: int | None = None
+        self._configuration = controller.configuration
+        if mode == "a" and self.path.exists() and not _starts_anew(self.path):
+            run = read_run(self.path)
+            if run.configuration != self._configuration:
+                raise ValueError(
+                    f"{self.path} is the log of a run with other settings: "
+                    f"{self._configuration.difference(run.configuration)}"
+                )
+            self._file = open(self.path, "r+b", buffering=0)  # noqa: SIM115
+        else:
+            # Unbuffered: one write a line reaches the operating system whole or is the last.
+            self._file = open(self.path, "xb" if mode == "x" else "wb", buffering=0)  # noqa: SIM115
+            self._step = controller.step
             header = {"format": _FORMAT, "version": _VERSION, "start": controller.state_dict()}
             self._append(header)
 
-    def write(self, decision: Decision, **measurements: Scalar) -> None:
+    def write(self, decision: Decision, /, **measurements: Scalar) -> None:
         """Write one decision, with any numbers that the loop has at hand.
 
         Args:
@@ -86,7 +93,11 @@ class RunLog:
 
         Raises:
             ValueError: If the decision is not the next one of the run.
+            OSError: If the line could not be written, as on a full disk. It is taken back, and the
+                decision can be written again.
         """
+        if self._step is None:
+            self._resume_at(decision)
         if decision.step != self._step:
             raise ValueError(
                 f"the next decision to be written is that of step {self._step}, got step "
@@ -101,23 +112,51 @@ class RunLog:
                 "loss": _number(observation.loss),
                 "batch_size": decision.batch_size,
                 "raw": decision.raw,
-                "average_variance_trace": decision.variance_trace,
-                "average_loss": decision.loss,
+                "average_variance_trace": decision.average_variance_trace,
+                "average_loss": decision.average_loss,
                 "reason": decision.reason.value,
                 "learning_rate_factor": decision.learning_rate_factor,
                 "measurements": {
-                    name: value if type(value) is int else _number(as_float(value, name))
-                    for name, value in measurements.items()
+                    name: _measurement(value, name) for name, value in measurements.items()
                 },
             }
         )
-        self._step += 1
+        self._step = decision.step + 1
+
+    def _resume_at(self, decision: Decision) -> None:
+        """Set aside what the log holds from a decision on, which must follow from the rest."""
+        run, ends = _read(self.path)
+        before = decision.step - run.start.step
+        if not 0 <= before <= len(run.decisions):
+            raise ValueError(
+                f"{self.path} holds {len(run.decisions)} decisions from step {run.start.step} on, "
+                f"and cannot go on with step {decision.step}; write to a new file"
+            )
+        state = run.start
+        for known in run.decisions[:before]:
+            state, _ = decide(run.configuration, state, known.observation)
+        if decide(run.configuration, state, decision.observation)[1] != decision:
+            raise ValueError(
+                f"{self.path} is the log of another run: the decision at step {decision.step} does "
+                "not follow from it; write to a new file"
+            )
+        whole = self.path.read_bytes()
+        if whole[ends[before] :]:
+            with open(f"{self.path}.dropped", "ab") as dropped:
+                dropped.write(whole[ends[before] :])
+        self._file.truncate(ends[before])
+        self._step = decision.step
 
     def _append(self, record: dict[str, Any]) -> None:
         line = json.dumps(record, allow_nan=False).encode() + b"\n"
-        written = self._file.write(line)
-        if written != len(line):
-            raise OSError(f"only {written} of {len(line)} bytes were written to {self.path}")
+        end = self._file.seek(0, os.SEEK_END)
+        try:
+            written = self._file.write(line)
+            if written != len(line):
+                raise OSError(f"only {written} of {len(line)} bytes were written to {self.path}")
+        except OSError:
+            self._file.truncate(end)
+            raise
 
     def close(self) -> None:
         """Close the file; closing twice does nothing."""
@@ -137,7 +176,14 @@ class RunLog:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """What a run log holds."""
+    """What a run log holds.
+
+    Example:
+        >>> from cabs.decision import initial_state
+        >>> settings = Configuration(16)
+        >>> Run(settings, initial_state(settings), [], [], cut_off=False).start.batch_size
+        16
+    """
 
     configuration: Configuration
     """The controller's settings."""
@@ -152,13 +198,20 @@ class Run:
 
 
 def read_run(path: str | os.PathLike[str]) -> Run:
-    """Read a run log.
+    """Read a run log, and make every decision in it again.
 
     Raises:
-        ValueError: If the file is no run log, is of another version, or is damaged before its last
-            line; the message names the line.
+        ValueError: If the file is no run log, is of another version, or holds anything that was not
+            decided; the message names the line.
+
+    Example:
+        >>> import tempfile, pathlib
+        >>> path = pathlib.Path(tempfile.mkdtemp()) / "run.jsonl"
+        >>> RunLog(path, Controller(16)).close()
+        >>> read_run(path).decisions
+        []
     """
-    return _read(Path(path))[0]
+    return _read(Path(os.fsdecode(path)))[0]
 
 
 def _read(path: Path) -> tuple[Run, list[int]]:
@@ -168,27 +221,49 @@ def _read(path: Path) -> tuple[Run, list[int]]:
     if not lines:
         raise ValueError(f"{path} is no run log: it has no whole line")
     configuration, start = _read_header(path, lines[0])
+    state = start
     decisions: list[Decision] = []
     measurements = []
     ends = [len(lines[0]) + 1]
     for number, line in enumerate(lines[1:], start=2):
         try:
-            decision, numbers = _read_record(json.loads(line))
-            if decision.step != start.step + len(decisions):
-                raise ValueError(f"it has step {decision.step}")
+            decision, numbers = _read_record(_load(line))
+            state, again = decide(configuration, state, decision.observation)
+            if again != decision:
+                raise ValueError(f"expected {again}, got {decision}")
         except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
-            raise ValueError(
-                f"{path}, line {number}, is no decision of this run: {error}"
-            ) from error
+            raise ValueError(f"{path}, line {number}, is not what was decided: {error}") from error
         decisions.append(decision)
         measurements.append(numbers)
         ends.append(ends[-1] + len(line) + 1)
     return Run(configuration, start, decisions, measurements, cut_off), ends
 
 
+def _starts_anew(path: Path) -> bool:
+    """Return whether a file holds nothing but the beginning of a header, if that."""
+    content = path.read_bytes()
+    opening = json.dumps({"format": _FORMAT})[:-1].encode()
+    return b"\n" not in content and content[: len(opening)] == opening[: len(content)]
+
+
+def _load(line: bytes) -> Any:
+    """Return what a line of JSON holds; ValueError for what is none, or says a thing twice."""
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        values = dict(pairs)
+        if len(values) != len(pairs):
+            raise ValueError("it names a value twice")
+        return values
+
+    try:
+        return json.loads(line, object_pairs_hook=once)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
 def _read_header(path: Path, line: bytes) -> tuple[Configuration, State]:
     try:
-        header = json.loads(line)
+        header = _load(line)
     except ValueError as error:
         raise ValueError(f"{path} is no run log: its first line is no JSON") from error
     if not isinstance(header, dict) or header.get("format") != _FORMAT:
@@ -214,8 +289,8 @@ def _read_record(record: dict[str, Any]) -> tuple[Decision, dict[str, int | floa
         step=_int(record["step"]),
         batch_size=_int(record["batch_size"]),
         raw=_float_or_none(record["raw"]),
-        variance_trace=_float_or_none(record["average_variance_trace"]),
-        loss=_float_or_none(record["average_loss"]),
+        average_variance_trace=_float_or_none(record["average_variance_trace"]),
+        average_loss=_float_or_none(record["average_loss"]),
         reason=Reason(record["reason"]),
         learning_rate_factor=_float(record["learning_rate_factor"]),
         observation=Observation(rates, traces, loss),
@@ -224,24 +299,6 @@ def _read_record(record: dict[str, Any]) -> tuple[Decision, dict[str, int | floa
     return decision, {
         name: value if type(value) is int else _float(value) for name, value in numbers
     }
-
-
-def _length_before(path: Path, controller: Controller) -> int:
-    """Return how many bytes of a log hold what came before the controller's step."""
-    run, ends = _read(path)
-    if run.configuration != controller.configuration:
-        raise ValueError(
-            f"{path} is the log of a run with other settings: "
-            f"{controller.configuration.difference(run.configuration)}"
-        )
-    known = controller.step - run.start.step
-    if not 0 <= known <= len(run.decisions):
-        raise ValueError(
-            f"{path} holds the decisions of steps {run.start.step} to "
-            f"{run.start.step + len(run.decisions) - 1}, and the controller is at step "
-            f"{controller.step}; write to a new file"
-        )
-    return ends[known]
 
 
 # JSON has no infinities and no NaN; they are written as these words.
@@ -254,6 +311,12 @@ def _number(value: float) -> float | str:
     return "NaN" if math.isnan(value) else ("Infinity" if value > 0.0 else "-Infinity")
 
 
+def _measurement(value: Scalar, name: str) -> int | float | str:
+    if isinstance(value, Integral) and not isinstance(value, bool):
+        return int(value)
+    return _number(as_float(value, name))
+
+
 def _plain(values: tuple[float, ...] | None) -> Any:
     """Return one number as itself and several as a list."""
     if values is None:
@@ -264,7 +327,7 @@ def _plain(values: tuple[float, ...] | None) -> Any:
 def _float(value: Any) -> float:
     if isinstance(value, str):
         return _WORDS[value]
-    if type(value) not in (int, float):
+    if type(value) not in (int, float) or not math.isfinite(value):
         raise ValueError(f"{value!r} is no number")
     return float(value)
 

@@ -82,10 +82,7 @@ class GradientMoments:
         deviations = rows - self._origin
         mean = (weights * deviations).sum(axis=0) / examples
         deviations -= mean
-        # What rounding left of the sum of deviations corrects the sum of their squares.
-        rest = (weights * deviations).sum(axis=0) / examples
-        deviation = (weights * deviations**2).sum(axis=0) - examples * rest**2
-        self._combine(examples, len(rows), mean + rest, deviation)
+        self._combine(examples, len(rows), mean, (weights * deviations**2).sum(axis=0))
 
     def merge(self, other: GradientMoments) -> None:
         """Take in all that ``other`` has seen; ``other`` stays as it is.
@@ -127,7 +124,7 @@ class GradientMoments:
 
     @property
     def mean(self) -> npt.NDArray[np.float64]:
-        """Mean gradient over all examples, in the shape of one gradient."""
+        """Mean gradient over all examples, in the shape of one gradient; 0 before the first."""
         return self._origin + self._mean
 
     @property
@@ -144,7 +141,11 @@ class GradientMoments:
 
     @property
     def statistics(self) -> GradientStatistics:
-        """The same as :class:`cabs.GradientStatistics`; ValueError before the first row."""
+        """The same in four numbers; ValueError before the first row.
+
+        Where the mean is 1e8 times the deviations or more, the difference of two of them that gives
+        the variance is lost to rounding, and :attr:`variance_trace` of this object is not.
+        """
         mean_square = float(np.sum(self.mean**2))
         group_square_sum = float(self._deviation.sum()) + self.examples * mean_square
         return GradientStatistics(self.examples, self.groups, group_square_sum, mean_square)

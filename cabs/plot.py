@@ -50,15 +50,17 @@ def plot_run(run: Run) -> Figure:
     losses, sizes = figure.subplots(2, sharex=True)
     observed = [decision.observation.loss for decision in run.decisions]
     losses.plot(seen, observed, ".", markersize=2, color="0.75", label="of each batch")
-    averaged = [(x, d.loss) for x, d in zip(seen, run.decisions, strict=True) if d.loss is not None]
-    losses.plot(*zip(*averaged, strict=True), color="C0", label="averaged")
-    if all(loss > 0.0 for loss in observed):
+    pairs = zip(seen, run.decisions, strict=True)
+    averaged = [(x, d.average_loss) for x, d in pairs if d.average_loss is not None]
+    if averaged:
+        losses.plot(*zip(*averaged, strict=True), color="C0", label="averaged")
+    if not any(loss <= 0.0 for loss in observed):
         losses.set_yscale("log")
     losses.set_ylabel("loss")
     asked = [(x, d.raw) for x, d in zip(seen, run.decisions, strict=True) if d.raw is not None]
     if asked:
         sizes.plot(*zip(*asked, strict=True), color="0.75", label="asked for by the rule")
-    sizes.step(seen, chosen, where="post", color="C1", label="chosen")
+    sizes.step(seen, chosen, where="pre", color="C1", label="chosen")
     sizes.set_ylim(0.0, 1.15 * max(chosen))
     sizes.set_ylabel("batch size")
     sizes.set_xlabel("examples seen" if counted else "step")

@@ -43,7 +43,8 @@ def cabs_rule(
     rates = as_floats(learning_rate, "learning_rate")
     traces = as_floats(variance_trace, "variance_trace")
     excess = as_float(loss, "loss") - as_float(loss_floor, "loss_floor")
-    return coupled(rates, traces, excess) if excess > 0.0 else math.inf
+    asked = coupled(rates, traces, excess if excess > 0.0 else 1.0)
+    return asked if excess > 0.0 else _everything_unless_nan(excess + asked)
 
 
 def coupled(rates: tuple[float, ...], traces: tuple[float, ...], excess_loss: float) -> float:
@@ -79,11 +80,10 @@ def norm_test(*, variance_trace: Scalar, gradient_square: Scalar, theta: float =
         100.0
     """
     theta = as_float(theta, "theta")
-    if not theta > 0.0:
-        raise ValueError(f"theta must be above 0, got theta = {theta}")
-    return noise_scale_rule(variance_trace=variance_trace, gradient_square=gradient_square) / (
-        theta * theta
-    )
+    if not 0.0 < theta < math.inf:
+        raise ValueError(f"theta must be above 0 and finite, got theta = {theta}")
+    scale = noise_scale_rule(variance_trace=variance_trace, gradient_square=gradient_square)
+    return scale / theta / theta
 
 
 def noise_scale_rule(*, variance_trace: Scalar, gradient_square: Scalar) -> float:
@@ -106,4 +106,11 @@ def noise_scale_rule(*, variance_trace: Scalar, gradient_square: Scalar) -> floa
     """
     trace = as_float(variance_trace, "variance_trace")
     square = as_float(gradient_square, "gradient_square")
-    return trace / square if square > 0.0 else (math.inf if square <= 0.0 else math.nan)
+    if square > 0.0:
+        return trace / square
+    return _everything_unless_nan(square + trace)
+
+
+def _everything_unless_nan(sum_of_values: float) -> float:
+    """Return what a rule asks for when its denominator is not positive."""
+    return math.nan if math.isnan(sum_of_values) else math.inf

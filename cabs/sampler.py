@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from cabs.scalars import as_integer
+from cabs.scalars import as_bool, as_integer
 
 _FORMAT = "cabs.batch_sampler"
 _VERSION = 1
@@ -35,7 +35,8 @@ class BatchSampler:
     Iterating yields the rest of the current epoch: after a ``break``, or in a sampler that was
     restored in the middle of one, the next loop goes on where the last one stopped. With several
     ranks, each draws its share of every batch; the shares differ by at most one example, so weigh
-    gradients by them. A short last batch can leave a rank without an example.
+    gradients by them. A short last batch can leave a rank without an example, and one example alone
+    shows no variance; ``drop_last`` avoids both.
 
     Args:
         examples: How many examples there are.
@@ -70,27 +71,30 @@ class BatchSampler:
         world_size: int = 1,
     ) -> None:
         self.examples = as_integer(examples, "examples", 1)
-        self.shuffle = bool(shuffle)
+        self.shuffle = as_bool(shuffle, "shuffle")
         self.seed = as_integer(seed, "seed", 0)
-        self.drop_last = bool(drop_last)
+        self.drop_last = as_bool(drop_last, "drop_last")
         self.world_size = as_integer(world_size, "world_size", 1)
         self.rank = as_integer(rank, "rank", 0)
         if self.rank >= self.world_size:
             raise ValueError(
                 f"rank must be below world_size, got rank = {rank}, world_size = {world_size}"
             )
-        self._source: HasBatchSize = (
-            _Constant(as_integer(batch_size, "batch_size", 1))
-            if isinstance(batch_size, (int, float, np.number))
-            else batch_size
-        )
+        if isinstance(batch_size, (int, np.integer)):
+            self._source: HasBatchSize = _Constant(as_integer(batch_size, "batch_size", 1))
+        elif hasattr(batch_size, "batch_size"):
+            self._source = batch_size
+        else:
+            raise TypeError(
+                f"batch_size must be a controller, or an integer, got batch_size = {batch_size!r}"
+            )
         self._epoch = 0
         self._position = 0
         self._order: npt.NDArray[np.int64] | None = None
 
     @property
     def epoch(self) -> int:
-        """The current epoch, counted from 0; the next one once all examples were drawn."""
+        """The current epoch, counted from 0; the next one once the loop over it has ended."""
         return self._epoch
 
     @property
@@ -107,40 +111,34 @@ class BatchSampler:
                 yield indices
 
     def _draw(self) -> npt.NDArray[np.int64] | None:
-        """Draw the next batch; None at the end of an epoch whose rest is dropped."""
+        """Draw the next batch; at the end of the epoch go on to the next one and return None."""
+        start, left = self._position, self.examples - self._position
         size = as_integer(self._source.batch_size, "batch_size", 1)
-        start = self._position
-        if size > self.examples - start:
-            if self.drop_last:
-                if start == 0:
-                    raise ValueError(
-                        f"a batch of {size} cannot be drawn from {self.examples} examples with "
-                        "drop_last; lower the largest size or set drop_last=False"
-                    )
-                self._advance_to(self.examples)
-                return None
-            size = self.examples - start
-        elif size < self.world_size:
+        if size < min(self.world_size, left):
             raise ValueError(
                 f"a batch of {size} leaves some of {self.world_size} ranks without an example; "
                 "raise the smallest size allowed"
             )
+        if size > left and self.drop_last:
+            if start == 0:
+                raise ValueError(
+                    f"a batch of {size} cannot be drawn from {self.examples} examples with "
+                    "drop_last; lower the largest size or set drop_last=False"
+                )
+            left = 0
+        if left == 0:
+            self._epoch += 1
+            self._position = 0
+            self._order = None
+            return None
+        size = min(size, left)
         if self._order is None:
             self._order = self._order_of(self._epoch)
         first = start + size * self.rank // self.world_size
         last = start + size * (self.rank + 1) // self.world_size
-        # A copy, so that a caller who writes into a batch cannot disturb the epoch.
-        indices = self._order[first:last].copy()
         # Moved on before the batch is handed out: a state saved in the loop's body counts it.
-        self._advance_to(start + size)
-        return indices
-
-    def _advance_to(self, position: int) -> None:
-        self._position = position
-        if position == self.examples:
-            self._epoch += 1
-            self._position = 0
-            self._order = None
+        self._position = start + size
+        return self._order[first:last]
 
     def _order_of(self, epoch: int) -> npt.NDArray[np.int64]:
         """Return the order of an epoch, shape (examples,)."""
@@ -150,7 +148,7 @@ class BatchSampler:
         # (NEP 19). So: sort random keys, each with its index in the low bits, which makes them
         # distinct and the result independent of the sorting algorithm.
         width = np.uint64(self.examples.bit_length())
-        seed = np.random.SeedSequence([self.seed, epoch])
+        seed = np.random.SeedSequence(self.seed, spawn_key=(epoch,))
         keys = np.asarray(np.random.PCG64(seed).random_raw(self.examples), dtype=np.uint64)
         keys >>= width
         keys <<= width
@@ -193,6 +191,8 @@ class BatchSampler:
                 f"this state has version {state_dict.get('version')!r}, expected {_VERSION}; load "
                 "it with the release of cabs that wrote it"
             )
+        if set(state_dict) != set(self.state_dict()):
+            raise ValueError(f"this state is not whole: it holds {sorted(state_dict)}")
         different = [
             f"{name} = {state_dict.get(name)!r} there and {value!r} here"
             for name, value in self._identity().items()
@@ -203,11 +203,17 @@ class BatchSampler:
         epoch, position = state_dict.get("epoch"), state_dict.get("position")
         if type(epoch) is not int or type(position) is not int or epoch < 0:
             raise ValueError(f"this state is damaged: epoch = {epoch!r}, position = {position!r}")
-        if not 0 <= position < self.examples:
+        if not 0 <= position <= self.examples:
             raise ValueError(
                 f"this state is damaged: position = {position} of {self.examples} examples"
             )
         self._epoch, self._position, self._order = epoch, position, None
+
+    def __repr__(self) -> str:
+        return (
+            f"BatchSampler(examples={self.examples}, epoch={self.epoch}, "
+            f"position={self.position}, rank={self.rank} of {self.world_size})"
+        )
 
     def _identity(self) -> dict[str, Any]:
         """Return what decides the order of the examples."""

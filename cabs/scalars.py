@@ -10,6 +10,8 @@ import operator
 from collections.abc import Iterable
 from typing import Any, TypeAlias
 
+import numpy as np
+
 Scalar: TypeAlias = Any
 """A Python or NumPy number, or a 0-d array or tensor of any framework."""
 
@@ -21,17 +23,23 @@ def as_float(value: Scalar, name: str) -> float:
     """Return ``value`` as a float; TypeError or ValueError name the argument."""
     if type(value) is float:
         return value
-    if isinstance(value, (bool, str, bytes, bytearray)):
-        raise TypeError(f"{name} must be a number, got {name} = {value!r}")
-    dimensions = getattr(value, "ndim", 0)
-    if dimensions != 0:
+    rank = _rank(value)
+    if rank:
         raise ValueError(
-            f"{name} must be one number, got an array of {dimensions} dimensions; reduce it first"
+            f"{name} must be one number, got an array of {rank} dimensions; reduce it first"
         )
-    # .item() leaves the graph of a tensor that requires gradients; float() would warn.
-    item = getattr(value, "item", None)
+    # .item() leaves the graph of a tensor that requires gradients, where float() would warn;
+    # TensorFlow's tensors have .numpy() instead.
+    number = value
+    for method in ("item", "numpy"):
+        if hasattr(number, method):
+            number = getattr(number, method)()
+    if isinstance(number, (bool, np.bool_, str, bytes, bytearray)):
+        raise TypeError(f"{name} must be a number, got {name} = {value!r}")
     try:
-        return float(value if item is None else item())
+        return float(number)
+    except OverflowError as error:
+        raise ValueError(f"{name} must be within the range of a float: {error}") from error
     except (TypeError, ValueError) as error:
         raise TypeError(f"{name} must be a number, got {name} = {value!r}") from error
 
@@ -40,16 +48,35 @@ def as_floats(value: Scalars, name: str) -> tuple[float, ...]:
     """Return one number, or a sequence of numbers, as a tuple that is never empty."""
     if type(value) is float:
         return (value,)
-    if getattr(value, "ndim", 0) == 1:
-        value = value.tolist() if hasattr(value, "tolist") else value.numpy().tolist()
-    if isinstance(value, Iterable) and getattr(value, "ndim", None) is None:
-        if isinstance(value, (str, bytes, bytearray, dict, set, frozenset)):
-            raise TypeError(f"{name} must be a number or a sequence of numbers, got {value!r}")
-        numbers = tuple([as_float(element, name) for element in value])
-        if not numbers:
-            raise ValueError(f"{name} must hold at least one number, got an empty sequence")
-        return numbers
-    return (as_float(value, name),)
+    rank = _rank(value)
+    if rank == 1 and hasattr(value, "tolist"):
+        value = value.tolist()
+    elif rank is not None and rank != 1:
+        return (as_float(value, name),)
+    if not isinstance(value, Iterable):
+        return (as_float(value, name),)
+    if isinstance(value, (str, bytes, bytearray, dict, set, frozenset)):
+        raise TypeError(f"{name} must be a number or a sequence of numbers, got {value!r}")
+    numbers = tuple([as_float(element, name) for element in value])
+    if not numbers:
+        raise ValueError(f"{name} must hold at least one number, got an empty sequence")
+    return numbers
+
+
+def _rank(value: Any) -> int | None:
+    """Return how many axes an array has; None for what is no array."""
+    rank = getattr(value, "ndim", None)
+    if rank is None:
+        shape = getattr(value, "shape", None)
+        rank = None if shape is None else len(shape)
+    return rank
+
+
+def as_bool(value: Any, name: str) -> bool:
+    """Return ``value`` if it is a bool; TypeError names the argument."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be a bool, got {name} = {value!r}")
+    return value
 
 
 def as_integer(value: Any, name: str, minimum: int) -> int:

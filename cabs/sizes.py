@@ -7,12 +7,16 @@ equal to another one exactly when both allow the same sizes, however they were w
 from __future__ import annotations
 
 import math
-from bisect import bisect_left, bisect_right
+import operator
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from itertools import pairwise
 from typing import Any
 
 from cabs.scalars import as_float, as_integer
+
+# Beyond it floats skip integers, and with them the rule's value.
+_LARGEST = 2**53
 
 
 class BatchSizes:
@@ -40,18 +44,21 @@ class BatchSizes:
     _admissible: range | tuple[int, ...]
 
     def __init__(self, sizes: Iterable[int]) -> None:
-        if isinstance(sizes, range) and sizes and sizes[0] > 0 and sizes.step > 0:
-            self._admissible = range(sizes[0], sizes[-1] + 1, sizes.step)
-            return
-        listed = sorted({as_integer(size, "a batch size", 1) for size in sizes})
-        if not listed:
-            raise ValueError("sizes must hold at least one batch size, got none")
-        steps = {high - low for low, high in pairwise(listed)}
+        if isinstance(sizes, (str, bytes)) or not hasattr(sizes, "__iter__"):
+            raise TypeError(f"sizes must be integers, one by one, got sizes = {sizes!r}")
         # One set of sizes has one representation, so that equality is equality of sets.
-        if len(steps) <= 1:
-            self._admissible = range(listed[0], listed[-1] + 1, steps.pop() if steps else 1)
+        if isinstance(sizes, range) and len(sizes) > 1 and sizes[0] > 0 and sizes.step > 0:
+            self._admissible = range(sizes[0], sizes[-1] + 1, sizes.step)
         else:
-            self._admissible = tuple(listed)
+            listed = sorted({as_integer(size, "a batch size", 1) for size in sizes})
+            if not listed:
+                raise ValueError("sizes must hold at least one batch size, got none")
+            steps = {high - low for low, high in pairwise(listed)} or {1}
+            self._admissible = (
+                range(listed[0], listed[-1] + 1, steps.pop()) if len(steps) == 1 else tuple(listed)
+            )
+        if self.maximum > _LARGEST:
+            raise ValueError(f"a batch size must be at most 2**53, got {self.maximum}")
 
     @classmethod
     def range(cls, minimum: int, maximum: int, *, multiple_of: int = 1) -> BatchSizes:
@@ -67,6 +74,8 @@ class BatchSizes:
         minimum = as_integer(minimum, "minimum", 1)
         maximum = as_integer(maximum, "maximum", 1)
         multiple_of = as_integer(multiple_of, "multiple_of", 1)
+        if maximum > _LARGEST:
+            raise ValueError(f"maximum must be at most 2**53, got maximum = {maximum}")
         first = -(-minimum // multiple_of) * multiple_of
         if first > maximum:
             what = "batch size" if multiple_of == 1 else f"multiple of {multiple_of}"
@@ -92,13 +101,18 @@ class BatchSizes:
         factor = as_float(factor, "factor")
         if not (factor > 1.0 and math.isfinite(factor)):
             raise ValueError(f"factor must be finite and above 1, got factor = {factor}")
-        if minimum > maximum:
+        if not minimum <= maximum <= _LARGEST:
             raise ValueError(
-                f"minimum must not exceed maximum, got minimum = {minimum}, maximum = {maximum}"
+                f"minimum must not exceed maximum, nor maximum 2**53, got minimum = {minimum}, "
+                f"maximum = {maximum}"
             )
-        count = int(math.log(maximum / minimum) / math.log(factor)) + 2
-        grid = {round(minimum * factor**power) for power in range(count)}
-        return cls(size for size in grid if size <= maximum)
+        grid, power = [minimum], 1.0
+        while (value := minimum * factor**power) < maximum + 0.5:
+            grid.append(min(round(value), maximum))
+            # On to the next power that rounds to a new size, however small the factor is.
+            beyond = math.log((grid[-1] + 0.5) / minimum) / math.log(factor)
+            power = max(power + 1.0, math.floor(beyond))
+        return cls(grid)
 
     @property
     def minimum(self) -> int:
@@ -125,6 +139,8 @@ class BatchSizes:
             return sizes[0]
         if value >= sizes[-1]:
             return sizes[-1]
+        if value != value:
+            raise ValueError("value must be a number, got value = nan")
         if isinstance(sizes, range):
             below = int((value - sizes.start) // sizes.step)
         else:
@@ -165,12 +181,9 @@ class BatchSizes:
         raise ValueError(f"{value!r} describes no batch sizes")
 
     def __contains__(self, size: object) -> bool:
-        if not isinstance(size, int):
+        if isinstance(size, bool) or not hasattr(size, "__index__"):
             return False
-        if isinstance(self._admissible, range):
-            return size in self._admissible
-        position = bisect_left(self._admissible, size)
-        return position < len(self._admissible) and self._admissible[position] == size
+        return operator.index(size) in self._admissible
 
     def __iter__(self) -> Iterator[int]:
         return iter(self._admissible)

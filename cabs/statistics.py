@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from numbers import Real
 from typing import NoReturn
 
 from cabs.rules import noise_scale_rule
@@ -64,6 +65,10 @@ class PartialStatistics:
             self.group_square_sum + other.group_square_sum,
         )
 
+    def __radd__(self, other: object) -> PartialStatistics:
+        # What sum() starts with.
+        return self if type(other) is int and other == 0 else NotImplemented
+
     def complete(self, *, mean_square: Scalar) -> GradientStatistics:
         r"""Return the statistics of all examples together.
 
@@ -76,9 +81,9 @@ class PartialStatistics:
                 :math:`m |g|^2 \le \sum_k m_k |g_k|^2`; the usual cause is a gradient that was
                 summed and not averaged.
         """
-        plain = isinstance(mean_square, (int, float)) and isinstance(
-            self.group_square_sum, (int, float)
-        )
+        plain = isinstance(mean_square, Real) and isinstance(self.group_square_sum, Real)
+        if plain and mean_square < 0.0:
+            raise ValueError(f"mean_square must be at least 0, got mean_square = {mean_square}")
         # A tenth is room for gradients that were rounded to 8 bits before they were squared.
         if plain and self.examples * mean_square > 1.1 * self.group_square_sum:
             raise ValueError(
@@ -111,7 +116,7 @@ class GradientStatistics:
         group_square_sum: :math:`\sum_k m_k |g_k|^2`.
         mean_square: :math:`|g|^2`.
 
-    The last two may be 0-d tensors; the properties then are too, except :attr:`noise_scale`.
+    The last two may be 0-d tensors; estimates then are too, except :attr:`noise_scale`.
 
     Raises:
         ValueError: If there is no example, or there are more groups than examples.

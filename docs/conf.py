@@ -10,8 +10,8 @@ version = release = installed_version("cabs-batch-size")
 extensions = [
     "sphinx.ext.autodoc",
     "sphinx.ext.doctest",
-    "sphinx.ext.mathjax",
     "sphinx.ext.napoleon",
+    "sphinx-mathjax-offline",  # the pages are whole without a network
 ]
 html_theme = "furo"
 html_title = f"cabs {version}"

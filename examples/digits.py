@@ -30,7 +30,7 @@ def arguments() -> argparse.Namespace:
         "--data", choices=("digits", "mnist", "fashion-mnist", "cifar10"), default="digits"
     )
     parser.add_argument("--data-dir", type=Path, help="folder that holds the published files")
-    parser.add_argument("--learning-rate", type=float, default=0.1)
+    parser.add_argument("--learning-rate", type=float, default=0.2)
     parser.add_argument("--epochs", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs/digits"))
@@ -69,7 +69,7 @@ def main() -> None:
                 log.write(decision, examples=len(indices), accuracy=step.accuracy)
                 progress.update(len(indices))
                 progress.set_postfix(
-                    loss=f"{decision.loss:.3f}",
+                    loss=f"{float(step.loss):.3f}",
                     accuracy=f"{float(step.accuracy):.3f}",
                     batch=decision.batch_size,
                 )

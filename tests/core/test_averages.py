@@ -39,6 +39,17 @@ def test_it_is_the_usual_average_divided_by_one_minus_beta_to_the_t(smoothing, v
     assert average.value == pytest.approx(expected, rel=1e-7, abs=1e-7 * max(map(abs, values)))
 
 
+def test_finite_values_never_overflow():
+    average = DebiasedAverage(0.5)
+    values = [1.7e308, -1.7e308, 1.0, 1.0]
+    assert all(math.isfinite(average.update(value)) for value in values)
+
+
+def test_a_smoothing_of_zero_keeps_the_last_value_alone():
+    average = DebiasedAverage(0.0)
+    assert [average.update(value) for value in (1e17, 1.0, -3e-9)] == [1e17, 1.0, -3e-9]
+
+
 def test_there_is_no_average_of_nothing():
     assert math.isnan(DebiasedAverage().value)
 

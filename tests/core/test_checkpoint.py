@@ -84,6 +84,12 @@ def damaged(*path, value):
         (damaged("state", "extra", value=1), "damaged: it holds"),
         (damaged("state", "step", value=-1), "damaged: it has step = -1"),
         (damaged("state", "step", value=1.0), r"damaged: it has step = 1\.0"),
+        (damaged("state", "held", value=99), "counts contradict each other"),
+        (damaged("state", "age", value=0), "counts contradict each other"),
+        (damaged("state", "variance_weight", value=1e300), "weigh more than they can"),
+        (damaged("state", "loss_weight", value=21.0), "weigh more than they can"),
+        (damaged("state", "loss_weight", value=0.0), "weigh more than they can"),
+        (damaged("configuration", "single_precision", value=True), "excludes debias"),
         (damaged("state", "held", value=True), "damaged: it has held = True"),
         (damaged("state", "batch_size", value=15), "which its sizes exclude"),
         (damaged("state", "loss", value=math.nan), "damaged: it has loss = nan"),
@@ -100,6 +106,15 @@ def test_a_damaged_state_is_refused_and_nothing_changes(state, message):
     with pytest.raises(ValueError, match=message):
         controller.load_state_dict(state)
     assert controller.state_dict() == Controller(32).state_dict()
+
+
+def test_averages_of_nothing_seen_are_refused():
+    state = Controller(32, every=2).state_dict()
+    for change in ({"step": 3}, {"age": 1}):
+        with pytest.raises(ValueError, match="contradict each other"):
+            Controller(32, every=2).load_state_dict(
+                {**state, "state": {**state["state"], **change}}
+            )
 
 
 anything = st.recursive(

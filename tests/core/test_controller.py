@@ -2,6 +2,7 @@
 
 import json
 import math
+import warnings
 from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path
@@ -36,8 +37,8 @@ def test_a_decision_is_the_rule_of_the_averages_moved_to_the_nearest_size(observ
     variance, loss = DebiasedAverage(smoothing), DebiasedAverage(smoothing)
     for observation in observed:
         decision = controller.update(**observation)
-        assert decision.variance_trace == variance.update(observation["variance_trace"])
-        assert decision.loss == loss.update(observation["loss"])
+        assert decision.average_variance_trace == variance.update(observation["variance_trace"])
+        assert decision.average_loss == loss.update(observation["loss"])
         asked = cabs_rule(
             learning_rate=observation["learning_rate"],
             variance_trace=variance.value,
@@ -87,7 +88,7 @@ def test_parameter_groups_are_averaged_one_by_one_and_summed_by_the_rule():
     controller.update(learning_rate=(0.1, 0.2), variance_trace=(100.0, 300.0), loss=1.0)
     decision = controller.update(learning_rate=(0.3, 0.1), variance_trace=(400.0, 300.0), loss=1.0)
     assert decision.raw == pytest.approx(0.3 * 300.0 + 0.1 * 300.0)
-    assert decision.variance_trace == pytest.approx(600.0)
+    assert decision.average_variance_trace == pytest.approx(600.0)
 
 
 def test_it_decides_as_the_published_code_does_in_tensorflow():
@@ -103,6 +104,18 @@ def test_it_decides_as_the_published_code_does_in_tensorflow():
     }
 
 
+def test_the_published_rule_takes_parameter_groups_too():
+    controller, grouped = Controller.as_published(), Controller.as_published()
+    one = controller.update(learning_rate=0.5, variance_trace=3e4, loss=1.0)
+    many = grouped.update(
+        learning_rate=[0.5, 0.25, 0.5], variance_trace=[1e4, 2e4, 1.5e4], loss=1.0
+    )
+    assert many.raw == pytest.approx(one.raw * (0.5 + 0.5 + 0.75) / 1.5, rel=1e-6)
+    assert many.batch_size == 875
+    same = Controller.as_published().update(learning_rate=0.5, variance_trace=[1e4, 2e4], loss=1.0)
+    assert same.raw == one.raw
+
+
 @given(st.lists(ordinary, min_size=1, max_size=20))
 def test_without_debiasing_averages_start_at_no_variance_and_a_loss_of_one(observed):
     controller, variance, loss = Controller(16, debias=False, loss_floor=-1.0), 0.0, 1.0
@@ -110,7 +123,7 @@ def test_without_debiasing_averages_start_at_no_variance_and_a_loss_of_one(obser
         decision = controller.update(**observation)
         variance = 0.95 * variance + (1.0 - 0.95) * observation["variance_trace"]
         loss = 0.95 * loss + (1.0 - 0.95) * observation["loss"]
-        assert (decision.variance_trace, decision.loss) == (variance, loss)
+        assert (decision.average_variance_trace, decision.average_loss) == (variance, loss)
 
 
 # Sizes
@@ -146,6 +159,22 @@ def test_above_the_maximum_the_learning_rate_factor_keeps_the_coupling():
     held = controller.update(learning_rate=0.1, variance_trace=math.nan, loss=2.0)
     assert held.learning_rate_factor == decision.learning_rate_factor
     assert updated().learning_rate_factor == 1.0
+
+
+@pytest.mark.parametrize(
+    ("settings", "size"), [({"max_growth": 2.0}, 32), ({"hysteresis": 100.0}, 16)]
+)
+def test_the_factor_is_that_of_the_size_chosen_whatever_kept_it_small(settings, size):
+    controller = Controller(16, sizes=BatchSizes.range(16, 64), **settings)
+    decision = controller.update(learning_rate=0.1, variance_trace=1e4, loss=1.0)
+    assert (decision.batch_size, decision.learning_rate_factor) == (size, size / decision.raw)
+
+
+@pytest.mark.parametrize(("trace", "size"), [(160.0, 16), (5120.0, 512)])
+def test_a_value_that_is_just_allowed_meets_no_bound(trace, size):
+    controller = Controller(32, sizes=BatchSizes.range(16, 512))
+    decision = controller.update(learning_rate=0.1, variance_trace=trace, loss=1.0)
+    assert (decision.raw, decision.batch_size, decision.reason) == (size, size, Reason.RULE)
 
 
 def test_hysteresis_keeps_the_size_until_the_margin_is_passed():
@@ -210,7 +239,7 @@ def test_a_measurement_that_was_held_is_due_again():
 @given(controllers(), observations, strange, strange, strange)
 def test_nothing_that_is_not_finite_reaches_the_averages(controller, observed, rate, trace, loss):
     feed(controller, observed)
-    before, held = controller.state_dict()["state"], controller.held
+    before, held = controller.state_dict()["state"], controller.held_steps
     rate = abs(rate)
     decision = controller.update(learning_rate=rate, variance_trace=trace, loss=loss)
     after = controller.state_dict()["state"]
@@ -219,7 +248,7 @@ def test_nothing_that_is_not_finite_reaches_the_averages(controller, observed, r
         assert decision.held
         assert decision.raw is None
         assert decision.batch_size == before["batch_size"]
-        assert controller.held == held + 1
+        assert controller.held_steps == held + 1
         for name in ("variance_trace", "variance_weight", "loss", "loss_weight"):
             assert after[name] == before[name]
 
@@ -233,7 +262,7 @@ def test_nothing_that_is_not_finite_reaches_the_averages(controller, observed, r
         ({"learning_rate": math.inf}, Reason.LEARNING_RATE_NOT_FINITE),
         ({"loss": 0.0}, Reason.LOSS_AT_FLOOR),
         ({"loss": -3.0}, Reason.LOSS_AT_FLOOR),
-        ({"learning_rate": 1e300, "variance_trace": 1e300}, Reason.RULE_NOT_FINITE),
+        ({"learning_rate": [1e300] * 2, "variance_trace": [1e300, -1e300]}, Reason.RULE_NOT_FINITE),
         ({"loss": -1e308, "learning_rate": math.nan}, Reason.LEARNING_RATE_NOT_FINITE),
     ],
 )
@@ -244,11 +273,11 @@ def test_a_held_decision_says_why(observation, reason):
 
 
 def test_averages_that_would_overflow_are_held():
-    controller = Controller(32, smoothing=0.5)
-    controller.update(learning_rate=1e-300, variance_trace=-1.5e308, loss=1.0)
-    decision = controller.update(learning_rate=1e-300, variance_trace=1.5e308, loss=1.0)
+    controller = Controller.as_published()
+    decision = controller.update(learning_rate=1e-300, variance_trace=1e39, loss=1.0)
     assert decision.reason is Reason.VARIANCE_NOT_FINITE
-    assert controller.update(learning_rate=1e-300, variance_trace=1.0, loss=1.0).raw < 0.0
+    assert decision.average_loss is None
+    assert controller.held_steps == 1
 
 
 def test_a_negative_loss_is_as_good_as_any_above_the_floor():
@@ -260,13 +289,42 @@ def test_a_loss_at_the_floor_still_enters_the_average():
     controller = Controller(32, smoothing=0.5)
     controller.update(learning_rate=0.1, variance_trace=900.0, loss=-1.0)
     decision = controller.update(learning_rate=0.1, variance_trace=900.0, loss=2.0)
-    assert decision.loss == pytest.approx(1.0)
+    assert decision.average_loss == pytest.approx(1.0)
     assert decision.reason is Reason.RULE
 
 
 def test_a_learning_rate_of_zero_asks_for_the_smallest_batch():
     decision = updated(learning_rate=0.0)
     assert (decision.raw, decision.batch_size, decision.reason) == (0.0, 16, Reason.MINIMUM)
+
+
+def test_a_rule_that_overflows_asks_for_the_largest_batch():
+    decision = updated(learning_rate=1e300, variance_trace=1e300)
+    assert (decision.batch_size, decision.reason) == (2048, Reason.MAXIMUM)
+    assert math.isfinite(decision.raw)
+    assert updated(loss=1e-307).batch_size == updated(loss=1e-300).batch_size == 2048
+
+
+def test_without_smoothing_the_last_value_alone_counts():
+    controller = Controller(16, smoothing=0.0)
+    controller.update(learning_rate=0.1, variance_trace=1e20, loss=1e17)
+    assert controller.update(learning_rate=0.1, variance_trace=5e3, loss=1.0).raw == 500.0
+
+
+def test_a_warning_that_is_an_error_changes_nothing():
+    controller = Controller(1, sizes=[1, 2])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(RuntimeWarning, match="the batch size is 1"):
+            controller.update(learning_rate=0.1, variance_trace=math.nan, loss=1.0)
+    assert (controller.step, controller.held_steps) == (0, 0)
+
+
+def test_no_other_size_is_warned_about():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        controller = Controller(2, sizes=[1, 2])
+        controller.update(learning_rate=0.1, variance_trace=math.nan, loss=1.0)
 
 
 def test_one_example_alone_is_held_and_warned_about():
@@ -293,6 +351,12 @@ def test_one_example_alone_is_held_and_warned_about():
         ({"learning_rate": "0.1"}, TypeError, "learning_rate must be a number or a sequence"),
         ({"learning_rate": True}, TypeError, "learning_rate must be a number"),
         ({"variance_trace": 1j}, TypeError, "variance_trace must be a number"),
+        ({"learning_rate": [math.nan, -0.1]}, ValueError, r"got learning_rate = -0\.1"),
+        ({"loss": np.bool_(True)}, TypeError, "loss must be a number"),
+        ({"loss": np.array(True)}, TypeError, "loss must be a number"),
+        ({"loss": np.array("1.5")}, TypeError, "loss must be a number"),
+        ({"loss": 10**400}, ValueError, "loss must be within the range of a float"),
+        ({"variance_trace": {"a": 1.0}}, TypeError, "a sequence of numbers, got {'a'"),
     ],
 )
 def test_an_observation_that_makes_no_sense_raises_and_changes_nothing(observation, error, message):
@@ -325,6 +389,7 @@ def test_the_number_of_parameter_groups_does_not_change():
         ({"max_growth": 1.0}, r"max_growth must be above 1 and finite, got max_growth = 1\.0"),
         ({"every": 0}, "every must be at least 1, got every = 0"),
         ({"sizes": []}, "sizes must hold at least one batch size"),
+        ({"loss_floor": 10**400}, "loss_floor must be within the range of a float"),
     ],
 )
 def test_a_configuration_error_names_the_argument_and_its_value(arguments, message):
@@ -332,13 +397,29 @@ def test_a_configuration_error_names_the_argument_and_its_value(arguments, messa
         Controller(**{"batch_size": 16, **arguments})
 
 
-@pytest.mark.parametrize("arguments", [{"batch_size": 16.0}, {"debias": 1}, {"every": "2"}])
+@pytest.mark.parametrize(
+    "arguments",
+    [{"batch_size": 16.0}, {"debias": 1}, {"every": "2"}, {"sizes": 64}, {"sizes": "16"}],
+)
 def test_a_setting_of_the_wrong_kind_is_refused(arguments):
     with pytest.raises(TypeError, match="must be"):
         Controller(**{"batch_size": 16, **arguments})
 
 
 # Numbers of any kind
+
+
+class Variable:
+    """A 0-d variable of TensorFlow: iterable, with a shape and no number of axes."""
+
+    def __init__(self, value):
+        self.value, self.shape = value, ()
+
+    def numpy(self):
+        return np.float32(self.value)
+
+    def __iter__(self):
+        raise TypeError("Cannot iterate over a scalar tensor.")
 
 
 class Tensor:
@@ -367,6 +448,7 @@ class Tensor:
         Fraction,
         Decimal,
         Tensor,
+        Variable,
         np.int64,
         lambda n: int(n),
     ],

@@ -38,3 +38,9 @@ def test_all_public_names_exist_and_are_sorted():
 
     assert cabs.__all__ == sorted(cabs.__all__)
     assert all(hasattr(cabs, name) for name in cabs.__all__)
+
+
+def test_every_public_name_has_an_example():
+    import cabs
+
+    assert [name for name in cabs.__all__ if ">>>" not in (getattr(cabs, name).__doc__ or "")] == []

@@ -91,9 +91,15 @@ def test_narrow_types_are_accumulated_in_float64(dtype):
 
 def test_the_callers_arrays_are_left_alone():
     rows = np.arange(6.0).reshape(3, 2)
-    moments_of(rows)
-    np.testing.assert_array_equal(rows, np.arange(6.0).reshape(3, 2))
     moments = moments_of(rows)
+    np.testing.assert_array_equal(rows, np.arange(6.0).reshape(3, 2))
+    other = GradientMoments()
+    other.merge(moments)
+    rows[:] = 100.0
+    np.testing.assert_array_equal(moments.mean, [2.0, 3.0])
+    moments.update([[2.0, 3.0]])
+    assert other.groups == 3
+    np.testing.assert_array_equal(other.variance, [4.0, 4.0])
     moments.mean[:] = 7.0
     np.testing.assert_array_equal(moments.mean, [2.0, 3.0])
 

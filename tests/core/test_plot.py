@@ -29,6 +29,9 @@ def test_the_axis_is_examples_seen_and_the_sizes_are_those_chosen(run, tmp_path)
     assert list(chosen.get_ydata()) == [numbers["examples"] for numbers in run.measurements]
     assert chosen.get_xdata()[-1] == sum(numbers["examples"] for numbers in run.measurements)
     assert sizes.get_xlabel() == "examples seen"
+    # Each size is drawn over the examples that it was used for, up to where they were all seen.
+    assert chosen.get_drawstyle() == "steps-pre"
+    assert figure.axes[0].get_yscale() == "log"
     figure.savefig(tmp_path / "run.png")
     assert (tmp_path / "run.png").stat().st_size > 10_000
 

@@ -39,7 +39,7 @@ def test_a_loss_at_or_under_the_floor_asks_for_everything(loss):
 
 def test_more_learning_rates_than_traces_are_refused():
     with pytest.raises(ValueError, match="got 2 learning rates and 1 traces"):
-        cabs_rule(learning_rate=[0.1, 0.2], variance_trace=3.0, loss=1.0)
+        cabs_rule(learning_rate=[0.1, 0.2], variance_trace=3.0, loss=0.0)
 
 
 @given(positive, positive, st.floats(0.01, 10.0))
@@ -60,6 +60,27 @@ def test_noise_that_hides_the_gradient_asks_for_everything(square):
     assert norm_test(variance_trace=1.0, gradient_square=square) == math.inf
 
 
+@pytest.mark.parametrize(
+    "names", [("variance_trace",), ("gradient_square",), ("variance_trace", "gradient_square")]
+)
+@pytest.mark.parametrize("square", [0.0, 1.0])
+def test_rules_of_nan_are_nan(names, square):
+    arguments = {"variance_trace": 1.0, "gradient_square": square, **dict.fromkeys(names, math.nan)}
+    assert math.isnan(noise_scale_rule(**arguments))
+    assert math.isnan(norm_test(**arguments, theta=0.5))
+
+
+@pytest.mark.parametrize("name", ["learning_rate", "variance_trace", "loss", "loss_floor"])
+@pytest.mark.parametrize("loss", [0.0, 1.0])
+def test_the_cabs_rule_of_nan_is_nan(name, loss):
+    arguments = {"learning_rate": 0.1, "variance_trace": 1.0, "loss": loss, name: math.nan}
+    assert math.isnan(cabs_rule(**arguments))
+
+
+def test_a_tiny_theta_asks_for_much():
+    assert norm_test(variance_trace=1.0, gradient_square=1.0, theta=1e-200) == math.inf
+
+
 def test_theta_is_positive():
-    with pytest.raises(ValueError, match=r"theta must be above 0, got theta = 0\.0"):
+    with pytest.raises(ValueError, match=r"theta must be above 0 and finite, got theta = 0\.0"):
         norm_test(variance_trace=1.0, gradient_square=1.0, theta=0.0)

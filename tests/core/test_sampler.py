@@ -62,7 +62,9 @@ def test_the_ranks_together_draw_every_example_once(examples, sizes, seed, world
 @given(st.integers(80, 300), sizes, seeds)
 def test_dropping_the_last_batch_leaves_whole_batches_without_repetition(examples, sizes, seed):
     asked = Sizes(sizes)
-    batches = drawn(BatchSampler(examples, asked, seed=seed, drop_last=True))
+    sampler = BatchSampler(examples, asked, seed=seed, drop_last=True)
+    asked.asked = 0
+    batches = drawn(sampler)
     assert [len(batch) for batch in batches] == [
         sizes[number % len(sizes)] for number in range(len(batches))
     ]
@@ -82,28 +84,30 @@ def test_a_restored_sampler_draws_what_the_first_would_have_drawn(examples, size
         if len(taken) == stop:
             break
     source = Sizes(sizes)
-    source.asked = len(taken)
     resumed = BatchSampler(examples, source, seed=seed)
+    source.asked = 1 + len(taken)
     resumed.load_state_dict(json.loads(json.dumps(state)))
-    if resumed.epoch == 0:
-        assert taken + drawn(resumed) == batches[0]
+    assert (resumed.epoch, resumed.position) == (0, len(flat(taken)))
+    assert taken + drawn(resumed) == batches[0]
     assert drawn(resumed) == batches[1]
 
 
-@given(examples, sizes, seeds, st.integers(1, 4), st.integers(1, 4))
+@given(examples, sizes, seeds, st.integers(1, 4), st.integers(1, 4), st.integers(0, 5))
 def test_resuming_with_another_number_of_ranks_loses_and_repeats_nothing(
-    examples, sizes, seed, before, after
+    examples, sizes, seed, before, after, stop
 ):
     sizes = [max(size, before, after) for size in sizes]
     taken, state = [], None
     for rank in range(before):
         sampler = BatchSampler(examples, Sizes(sizes), seed=seed, rank=rank, world_size=before)
-        taken += next(iter(sampler)).tolist()
+        batches = iter(sampler)
+        for _ in range(stop):
+            taken += next(batches, np.array([], dtype=int)).tolist()
         state = sampler.state_dict()
     for rank in range(after):
         sampler = BatchSampler(examples, Sizes(sizes), seed=seed, rank=rank, world_size=after)
         sampler.load_state_dict(state)
-        if sampler.epoch == 0:
+        if state["epoch"] == 0:
             taken += flat(drawn(sampler))
     assert sorted(taken) == list(range(examples))
 
@@ -136,8 +140,39 @@ def test_orders_differ_between_epochs_and_seeds_and_sizes_do_not_change_them():
 
 def test_the_order_is_the_same_on_every_machine_and_with_every_numpy():
     sampler = BatchSampler(12, 12, seed=3)
-    assert drawn(sampler) == [[0, 4, 9, 7, 1, 10, 5, 6, 11, 3, 8, 2]]
-    assert drawn(sampler) == [[0, 11, 6, 2, 1, 3, 7, 4, 10, 9, 8, 5]]
+    assert drawn(sampler) == [[11, 4, 6, 1, 5, 7, 0, 3, 8, 9, 2, 10]]
+    assert drawn(sampler) == [[9, 0, 6, 7, 10, 5, 8, 2, 1, 4, 3, 11]]
+
+
+def test_no_seed_and_epoch_share_their_order_with_another():
+    late = BatchSampler(20, 20, seed=5)
+    for _ in range(3):
+        drawn(late)
+    assert drawn(late) != drawn(BatchSampler(20, 20, seed=5 + (3 << 32)))
+
+
+@pytest.mark.parametrize("drop_last", [False, True])
+def test_the_epoch_is_the_current_one_until_the_loop_over_it_has_ended(drop_last):
+    sampler = BatchSampler(10, 5, drop_last=drop_last)
+    seen = [(sampler.epoch, sampler.position) for _ in sampler]
+    assert seen == [(0, 5), (0, 10)]
+    assert (sampler.epoch, sampler.position) == (1, 0)
+
+
+def test_ranks_drop_the_same_last_examples():
+    ranks = [
+        drawn(BatchSampler(11, 4, seed=1, drop_last=True, rank=rank, world_size=2))
+        for rank in range(2)
+    ]
+    alone = drawn(BatchSampler(11, 4, seed=1, drop_last=True))
+    assert [flat(shares) for shares in zip(*ranks, strict=True)] == alone
+    assert len(flat(alone)) == 8
+
+
+def test_it_is_a_batch_sampler_for_anybody_who_iterates():
+    sampler = BatchSampler(7, 3, shuffle=False)
+    assert repr(sampler) == "BatchSampler(examples=7, epoch=0, position=0, rank=0 of 1)"
+    assert [len(batch) for batch in sampler] == [3, 3, 1]
 
 
 def test_every_position_is_as_likely_for_every_example():
@@ -187,14 +222,31 @@ def test_sizes_that_cannot_be_drawn_are_refused_when_they_are_asked_for():
 
 
 @pytest.mark.parametrize(
+    "arguments",
+    [
+        {"batch_size": "4"},
+        {"batch_size": None},
+        {"batch_size": 2.0},
+        {"shuffle": "no"},
+        {"drop_last": 1},
+    ],
+)
+def test_arguments_of_the_wrong_kind_are_refused(arguments):
+    with pytest.raises(TypeError, match="must be a"):
+        BatchSampler(**{"examples": 10, "batch_size": 2, **arguments})
+
+
+@pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"drop_last": True}, "drop_last = True there and False here"),
+        ({"extra": 1}, "not whole"),
         ({"format": "x"}, "no state of a batch sampler"),
         ({"version": 3}, "version 3, expected 1"),
         ({"examples": 11}, "examples = 11 there and 10 here"),
         ({"seed": 5}, "seed = 5 there and 0 here"),
         ({"shuffle": 1}, "shuffle = 1 there and True here"),
-        ({"position": 10}, "position = 10 of 10 examples"),
+        ({"position": 11}, "position = 11 of 10 examples"),
         ({"position": 2.0}, "damaged"),
         ({"epoch": -1}, "damaged"),
         ({"epoch": None}, "damaged"),

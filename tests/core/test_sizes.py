@@ -2,7 +2,9 @@
 
 import math
 from bisect import bisect_right
+from itertools import count, takewhile
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -79,10 +81,23 @@ def test_a_geometric_grid_starts_at_its_minimum_and_stays_below_its_maximum(low,
     grid = BatchSizes.geometric(low, low + width, factor=factor)
     assert grid.minimum == low
     assert grid.maximum <= low + width
-    assert (
-        round(grid.maximum * factor) + 1 > low + width
-        or round(grid.maximum * factor) > grid.maximum
-    )
+    powers = (round(low * factor**power) for power in count())
+    assert set(grid) == set(takewhile(lambda size: size <= low + width, powers))
+
+
+def test_a_geometric_grid_with_a_tiny_factor_is_every_size():
+    assert BatchSizes.geometric(16, 64, factor=1.0 + 1e-9) == BatchSizes.range(16, 64)
+    assert list(BatchSizes.geometric(2, 4, factor=1e308)) == [2]
+
+
+def test_of_two_even_sizes_as_near_the_smaller_is_chosen():
+    assert BatchSizes([16, 32]).nearest(24.0) == 16
+    assert BatchSizes([15, 25]).nearest(20.0) == 15
+
+
+def test_a_set_of_one_size_has_one_representation():
+    for one in (BatchSizes(range(5, 6, 3)), BatchSizes.range(5, 9, multiple_of=5)):
+        assert (one, one.to_json()) == (BatchSizes([5]), BatchSizes([5]).to_json())
 
 
 def test_a_geometric_grid_holds_its_powers():
@@ -102,6 +117,13 @@ def test_a_geometric_grid_holds_its_powers():
         (lambda: BatchSizes.geometric(16, 64, factor=1.0), "above 1, got factor = 1.0"),
         (lambda: BatchSizes.geometric(16, 64, factor=math.nan), "above 1, got factor = nan"),
         (lambda: BatchSizes.geometric(64, 16), "minimum = 64, maximum = 16"),
+        (lambda: BatchSizes.geometric(16, 2**60), "nor maximum 2\\*\\*53"),
+        (lambda: BatchSizes.range(1, 2**70), "maximum must be at most 2\\*\\*53"),
+        (lambda: BatchSizes([2**60]), "a batch size must be at most 2\\*\\*53"),
+        (
+            lambda: BatchSizes([1, 2, 5]).nearest(math.nan),
+            "value must be a number, got value = nan",
+        ),
         (lambda: BatchSizes.from_json({"minimum": 1}), "describes no batch sizes"),
         (lambda: BatchSizes.from_json({"minimum": "a", "maximum": 2, "step": 1}), "describes no"),
         (lambda: BatchSizes.from_json("range"), "describes no batch sizes"),
@@ -122,4 +144,6 @@ def test_representations_are_readable():
     assert repr(BatchSizes.range(16, 64)) == "BatchSizes(16 to 64)"
     assert repr(BatchSizes([16, 18, 64])) == "BatchSizes([16, 18, 64])"
     assert 17.5 not in BatchSizes.range(16, 64)
+    assert np.int64(17) in BatchSizes.range(16, 64)
+    assert True not in BatchSizes([1, 2])
     assert len(BatchSizes.range(16, 64)) == 49

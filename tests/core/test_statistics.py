@@ -80,7 +80,7 @@ def test_merge_is_associative_and_equals_the_statistics_of_all(seed, batches):
     left = (parts[0] + parts[1]) + parts[2]
     right = parts[0] + (parts[1] + parts[2])
     swapped = sum(reversed(parts), PartialStatistics())
-    for merged in (left, right, swapped):
+    for merged in (left, right, swapped, sum(parts)):
         assert_close(merged.complete(mean_square=whole.mean_square), whole)
 
 
@@ -96,8 +96,17 @@ def test_statistics_cannot_be_added_without_the_square_of_the_mean_of_all():
 def test_a_gradient_that_was_summed_and_not_averaged_is_noticed():
     gradients = gradients_of(3, 8)
     parts = statistics_of(gradients, [1] * 8).partial
-    with pytest.raises(ValueError, match="average the gradients over all examples"):
-        parts.complete(mean_square=float(np.sum(gradients.sum(axis=0) ** 2)))
+    for number in (float, np.float32):
+        with pytest.raises(ValueError, match="average the gradients over all examples"):
+            parts.complete(mean_square=number(np.sum(gradients.sum(axis=0) ** 2)))
+    agreeing = PartialStatistics(4, 4, 8.0)
+    assert agreeing.complete(mean_square=2.0 * 1.09).variance_trace < 0.0
+    with pytest.raises(ValueError, match="average the gradients"):
+        agreeing.complete(mean_square=2.0 * 1.11)
+    with pytest.raises(
+        ValueError, match=r"mean_square must be at least 0, got mean_square = -5\.0"
+    ):
+        agreeing.complete(mean_square=-5.0)
 
 
 @given(hnp.arrays(np.float64, (6, 3), elements=st.floats(-1e3, 1e3)))
@@ -112,6 +121,12 @@ def test_agreeing_gradients_show_a_variance_that_cancellation_does_not_drown():
     gradients = gradients_of(5, 64, offset=0.0) + 1e4
     trace = gradients.var(axis=0, ddof=1).sum()
     assert statistics_of(gradients, [1] * 64).variance_trace == pytest.approx(trace, rel=1e-6)
+
+
+def test_the_biased_trace_has_the_expectation_of_the_within_batch_one():
+    statistics = GradientStatistics(8, 2, group_square_sum=48.0, mean_square=4.0)
+    assert statistics.variance_trace == 16.0
+    assert statistics.biased_variance_trace == 14.0
 
 
 def test_one_group_shows_no_variance():

@@ -16,6 +16,7 @@ STEPS = 300
 
 def main() -> None:
     tf.disable_eager_execution()
+    tf.disable_resource_variables()
     variance, loss, rate = (tf.placeholder(tf.float32, []) for _ in range(3))
     smoothing = tf.constant(0.95, tf.float32)
     mean_variance, mean_loss = tf.Variable(0.0), tf.Variable(1.0)
@@ -24,7 +25,7 @@ def main() -> None:
         mean_variance.assign(smoothing * mean_variance + (1.0 - smoothing) * variance),
     ]
     with tf.control_dependencies(updates):
-        raw = rate * tf.divide(mean_variance.read_value(), mean_loss.read_value())
+        raw = rate * tf.divide(mean_variance, mean_loss)
     size = tf.cast(tf.clip_by_value(tf.round(raw), 16.0, 2048.0), tf.int32)
 
     random = np.random.default_rng(20170628)
