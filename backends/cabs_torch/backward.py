@@ -2,11 +2,13 @@
 
 Guarantees: the gradients are those of ``losses.mean().backward()`` to the bit; the statistics are
 exact up to rounding, or an error is raised before anything was computed; nothing waits for a
-device.
+device. Assumes that no hook on the way changes a gradient, and that one thread at a time trains
+the model.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -34,8 +36,8 @@ def backward(losses: Tensor) -> GradientStatistics:
 
     Returns:
         :class:`cabs.GradientStatistics` with groups of one example, over all parameters that the
-        losses depend on. Its sums are 0-d float64 tensors on the device of ``losses``. A batch of
-        one example shows no variance.
+        losses depend on. Its sums are 0-d float64 tensors on the device of ``losses``. One example
+        shows no variance: for a batch of one nothing is measured, and both sums are ``nan``.
 
     Raises:
         TypeError: If ``losses`` is no tensor, or not of a real floating-point type.
@@ -54,7 +56,12 @@ def backward(losses: Tensor) -> GradientStatistics:
         2.0
     """
     _check(losses)
-    examples, device = losses.shape[0], losses.device
+    examples, device = len(losses), losses.device
+    if examples == 1:
+        losses.mean().backward()  # type: ignore[no-untyped-call]
+        nothing = torch.full((), math.nan, dtype=torch.float64, device=device)
+        return GradientStatistics(1, 1, nothing, nothing)
+    walk = Walk(losses)
     group_squares: list[Tensor] = []
     mean_squares: list[Tensor] = []
     with ExitStack() as hooks:
@@ -63,23 +70,26 @@ def backward(losses: Tensor) -> GradientStatistics:
             def see(cotangents: Sequence[Tensor | None]) -> None:
                 # None stands for a cotangent of zeros.
                 if cotangents[0] is not None:
-                    sums.append(rule(cotangents[0]).to(device, non_blocking=True))
+                    with torch.autocast(cotangents[0].device.type, enabled=False):
+                        sums.append(rule(cotangents[0]).to(device))
 
             hooks.callback(node.register_prehook(see).remove)
 
-        walk = Walk(losses)
         for join in walk.joins:
             watch(join.node, join.sum_of_squares, group_squares)
-        for leaf in walk.leaves:
+        for leaf in walk.leaves.values():
             watch(leaf, square, mean_squares)
         losses.mean().backward()  # type: ignore[no-untyped-call]
 
-    # The losses were averaged, so what flows back is an example's share, 1/m of its gradient.
-    mean_square = _total(mean_squares, device)
-    group_square_sum = _total(group_squares, device) * examples**2
-    if examples == 1:
-        group_square_sum = mean_square
-    return GradientStatistics(examples, examples, group_square_sum, mean_square)
+    # What flows back is an example's share of the mean, its gradient times 1/m as the type of the
+    # losses has it: in half precision not quite 1/m.
+    share = float(torch.ones((), dtype=losses.dtype) / examples)
+    return GradientStatistics(
+        examples,
+        examples,
+        group_square_sum=_total(group_squares, device) / share**2,
+        mean_square=_total(mean_squares, device) / (share * examples) ** 2,
+    )
 
 
 def _total(sums: list[Tensor], device: torch.device) -> Tensor:
@@ -99,8 +109,8 @@ def _check(losses: Any) -> None:
             f"losses must have shape (m,), one loss an example, got shape {tuple(losses.shape)}; "
             "compute the loss with reduction='none' and average over all axes but the batch's"
         )
-    if losses.grad_fn is None:
+    if losses.grad_fn is None or not torch.is_grad_enabled():
         raise ValueError(
-            "losses must carry a graph to the parameters, got losses without one; were they "
-            "computed under torch.no_grad() or detached?"
+            "losses must carry a graph to the parameters, and gradients must be enabled; were the "
+            "losses detached, or is torch.no_grad() in force?"
         )

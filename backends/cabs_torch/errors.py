@@ -23,23 +23,24 @@ class UncoveredParameterError(RuntimeError):
         ...
         cabs_torch.errors.UncoveredParameterError: a parameter of shape (3,) lies behind
         MulBackward0, which is no addition, and there is no other rule for one; matrices,
-        convolutions and biases are covered. Freeze the parameter (requires_grad=False), or
-        estimate the variance from groups of examples with cabs.PartialStatistics
+        convolutions and added parameters are covered. Estimate the variance from groups of
+        examples instead, with cabs.PartialStatistics, or freeze what cannot be measured
     """
 
 
 def uncovered(parameter: torch.Tensor, problem: str) -> UncoveredParameterError:
     """Return the error for a parameter and what is the matter with it."""
     return UncoveredParameterError(
-        f"{describe(parameter)} {problem}; matrices, convolutions and biases are covered. Freeze "
-        "the parameter (requires_grad=False), or estimate the variance from groups of examples "
-        "with cabs.PartialStatistics"
+        f"{describe(parameter)} {problem}; matrices, convolutions and added parameters are "
+        "covered. Estimate the variance from groups of examples instead, with "
+        "cabs.PartialStatistics, or freeze what cannot be measured"
     )
 
 
 def describe(parameter: torch.Tensor) -> str:
     """Return the parameter's name in its outermost module, and its shape."""
     shape = f"shape {tuple(parameter.shape)}"
+    # The autograd graph knows no names. The longest one is that in the outermost module.
     names = [
         (name, type(module).__name__)
         for module in _all_modules()
@@ -48,11 +49,17 @@ def describe(parameter: torch.Tensor) -> str:
     ]
     if not names:
         return f"a parameter of {shape}"
-    # The autograd graph knows no names. The longest one is that in the outermost module.
     name, module_name = max(names, key=lambda found: found[0].count("."))
     return f"parameter {name!r} of {module_name}, {shape},"
 
 
 def _all_modules() -> list[torch.nn.Module]:
-    # By type() and not isinstance(), which would run code of the objects met.
-    return [found for found in gc.get_objects() if issubclass(type(found), torch.nn.Module)]
+    """Return the modules of this process whose construction was completed."""
+    return [
+        found
+        for found in gc.get_objects()
+        if issubclass(type(found), torch.nn.Module) and vars(found).keys() >= _REGISTERS
+    ]
+
+
+_REGISTERS = {"_parameters", "_modules"}

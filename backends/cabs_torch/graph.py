@@ -7,19 +7,22 @@ names it; nothing is computed and nothing is changed.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from cabs_torch import norms
 from cabs_torch.errors import UncoveredParameterError, uncovered
 from cabs_torch.layout import (
+    ADDING,
     REARRANGING,
     Layout,
     MixedError,
     Node,
+    is_measurable,
     name_of,
     of_input,
     shape_of,
@@ -39,7 +42,7 @@ class Walk:
     """One walk from the losses to the parameters.
 
     Args:
-        losses: One loss an example, shape (m,), with a graph.
+        losses: One loss an example, shape (m,) with m at least 2, with a graph.
 
     Raises:
         UncoveredParameterError: If the squared norms of a parameter cannot be had exactly.
@@ -47,19 +50,12 @@ class Walk:
 
     def __init__(self, losses: Tensor) -> None:
         self.joins: list[Join] = []
-        self.leaves: set[Node] = set()
+        # By the parameter, since one parameter can have several nodes.
+        self.leaves: dict[int, Node] = {}
         self._layouts: dict[tuple[Node, int], Layout] = {}
-        assert losses.grad_fn is not None
-        if len(losses) == 1:
-            # One example's gradient is the batch's: no rule is needed.
-            self.leaves.update(leaves_behind(losses.grad_fn))
-        else:
-            start = Layout(tuple(losses.shape), 1, len(losses))
-            self._visit(losses.grad_fn, losses.output_nr, start)
-
-    def _visit(self, node: Node, output: int, layout: Layout) -> None:
         # A stack of its own, since graphs can be deeper than Python's.
-        waiting = [(node, output, layout)]
+        start: Node = losses.grad_fn
+        waiting = [(start, losses.output_nr, Layout(tuple(losses.shape), 1, len(losses)))]
         while waiting:
             node, output, layout = waiting.pop()
             known = self._layouts.setdefault((node, output), layout)
@@ -67,21 +63,20 @@ class Walk:
                 if known != layout:
                     raise _refused(node, "has its examples in two different orders")
                 continue
+            if not is_measurable(node, output):
+                raise _refused(node, "computes complex numbers, or none at all")
             if _is_leaf(node):
                 raise uncovered(node.variable, "holds a value for every example of the batch")
             for index, (child, number) in enumerate(node.next_functions):
-                if child is None:
-                    continue
-                entered = self._enter(node, output, layout, index)
-                if entered is not None:
-                    waiting.append((child, number, entered))
+                if child is not None:
+                    entered = self._enter(node, layout, index)
+                    if entered is not None:
+                        waiting.append((child, number, entered))
 
-    def _enter(self, node: Node, output: int, layout: Layout, index: int) -> Layout | None:
-        """Return the layout of an input that leads to the data; None for a parameter's."""
+    def _enter(self, node: Node, layout: Layout, index: int) -> Layout | None:
+        """Join an input that is a parameter's, or return the layout of one that is the data's."""
         name = name_of(node)
         try:
-            if output != 0:
-                raise MixedError("has several outputs, for which there is no rule")
             if name in _FACTORS:
                 return self._matrix(node, layout, index)
             if name == "Convolution":
@@ -94,19 +89,19 @@ class Walk:
         return inner
 
     def _broadcast(self, node: Node, layout: Layout, index: int) -> None:
-        """Meet x + b or x - b, with b the same for all examples."""
+        """Join x + b, x - b or b alone, with b the same for all examples."""
         source = _source_of(node.next_functions[index][0])
         if not _is_leaf(source):
             raise _refused(source, "is broadcast over the examples, as a batch's mean would be")
-        if name_of(node) not in ("Add", "Sub"):
+        if name_of(node) not in ADDING:
             raise _refused(node, "is no addition, and there is no other rule for one")
         self._shift(node, layout, index, 1.0 if index == 0 else float(node._saved_alpha))
 
     def _matrix(self, node: Node, layout: Layout, index: int) -> Layout | None:
-        """Meet y = x W, or y = b + x W, with examples in the rows of x."""
-        left = _FACTORS[name_of(node)]
-        height = layout.shape[1]
-        if not height or layout.inner % height:
+        """Join y = x W, or y = b + x W, with the examples in the rows of x."""
+        left, saved = _FACTORS[name_of(node)]
+        height = layout.shape[1] if len(layout.shape) == 2 else 1
+        if layout.inner % height:
             raise MixedError("has the examples in its columns")
         shape = shape_of(*node.next_functions[index])
         if index == left:
@@ -118,11 +113,12 @@ class Walk:
                 raise MixedError("adds a value for every row")
             self._shift(node, layout, index, 1.0)
             return None
-        saved = "_saved_self" if left == 0 else "_saved_mat1"
+        _check_saved(node, saved)
 
         def sum_of_squares(cotangent: Tensor) -> Tensor:
-            inputs = norms.by_example(getattr(node, saved), layout)
-            return norms.matrix(inputs, norms.by_example(cotangent, layout))
+            inputs = norms.by_example(getattr(node, f"_saved_{saved}"), layout)
+            rows = cotangent.reshape(-1, height)
+            return norms.matrix(inputs, norms.by_example(rows, layout))
 
         self._join(node, index, sum_of_squares)
         return None
@@ -138,6 +134,7 @@ class Walk:
             return None
         if node._saved_transposed:
             raise MixedError("is transposed")
+        _check_saved(node, "input")
         kernel = shape_of(*node.next_functions[1])[2:]
 
         def sum_of_squares(cotangent: Tensor) -> Tensor:
@@ -168,16 +165,27 @@ class Walk:
         leaf = _source_of(node.next_functions[index][0])
         if not _is_leaf(leaf):
             raise _refused(leaf, f"comes between it and {node.name()}, where it meets the batch")
-        if leaf in self.leaves:
+        if not is_measurable(*node.next_functions[index]) or not is_measurable(leaf, 0):
+            raise uncovered(leaf.variable, f"holds complex numbers, or none, in {node.name()}")
+        if id(leaf.variable) in self.leaves:
             raise uncovered(leaf.variable, f"is used more than once, here by {node.name()}")
         if leaf.variable._backward_hooks:
             raise uncovered(leaf.variable, "has a hook, which can change its gradient")
-        self.leaves.add(leaf)
+        self.leaves[id(leaf.variable)] = leaf
         self.joins.append(Join(node, rule))
 
 
-# Operations x W, and which of their inputs is x.
-_FACTORS = {"Mm": 0, "Addmm": 1}
+# Operations x W, which of their inputs is x, and under which name it was saved.
+_FACTORS = {"Mm": (0, "self"), "Mv": (0, "self"), "Addmm": (1, "mat1")}
+
+
+def _check_saved(node: Node, name: str) -> None:
+    """Raise MixedError if an input cannot be read a second time, or is sparse."""
+    saved = getattr(node, f"_raw_saved_{name}")
+    if saved.unpack_hook is not None:
+        raise MixedError("has its input packed by a hook, as checkpointing does")
+    if saved.data.layout is not torch.strided:
+        raise MixedError("has a sparse input")
 
 
 def _is_leaf(node: Node) -> bool:
@@ -191,20 +199,21 @@ def _source_of(node: Node) -> Node:
     return node
 
 
-def leaves_behind(node: Node) -> Iterator[Node]:
-    """Yield the leaves that a node depends on, the nearest first."""
+def _refused(node: Node, problem: str) -> UncoveredParameterError:
+    """Return the error that names an operation and a parameter behind it.
+
+    That is one of the operation's own inputs if there is one, and the nearest otherwise.
+    """
+    inputs = [_source_of(child) for child, _ in node.next_functions if child is not None]
+    leaf = next(filter(_is_leaf, [node, *inputs]), None) or _nearest_leaf(node)
+    return uncovered(leaf.variable, f"lies behind {node.name()}, which {problem}")
+
+
+def _nearest_leaf(node: Node) -> Node:
     seen, waiting = {node}, deque([node])
-    while waiting:
-        node = waiting.popleft()
-        if _is_leaf(node):
-            yield node
-        for child, _ in node.next_functions:
+    while not _is_leaf(waiting[0]):
+        for child, _ in waiting.popleft().next_functions:
             if child is not None and child not in seen:
                 seen.add(child)
                 waiting.append(child)
-
-
-def _refused(node: Node, problem: str) -> UncoveredParameterError:
-    """Return the error that names an operation and the nearest parameter behind it."""
-    leaf = next(leaves_behind(node))
-    return uncovered(leaf.variable, f"lies behind {node.name()}, which {problem}")
+    return waiting[0]

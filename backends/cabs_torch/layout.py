@@ -63,6 +63,12 @@ class MixedError(Exception):
     """An operation whose gradient does not belong to one example at a time; says how."""
 
 
+def is_measurable(node: Node, index: int) -> bool:
+    """Return whether a node's ``index``-th output holds real numbers, one at least."""
+    described = node._input_metadata[index]
+    return described.dtype.is_floating_point and 0 not in described.shape
+
+
 def shape_of(node: Node, index: int) -> Shape:
     """Return the shape of a node's ``index``-th output in the forward pass."""
     return tuple(node._input_metadata[index].shape)
@@ -122,31 +128,32 @@ def permutation(node: Node, rank: int) -> list[int]:
         return _axes(node._saved_dims, rank)
     if name == "T":
         return order[::-1]
-    one, two = _axes((node._saved_dim0, node._saved_dim1), rank)
+    one, two = _axes([node._saved_dim0, node._saved_dim1], rank)
     order[one], order[two] = order[two], order[one]
     return order
 
 
-def _within(*saved: str) -> Callable[[Node, Layout, Shape], Layout]:
-    """Return the rule of operations along the axes in their attribute ``saved``."""
-
-    def find(node: Node, layout: Layout, shape: Shape) -> Layout:
-        axis, _ = layout.axis()
-        along = next(getattr(node, name) for name in saved if hasattr(node, name))
-        if axis in _axes(along, len(shape)):
-            raise MixedError("runs along the axis that holds the examples")
-        return layout.moved(shape, axis)
-
-    return find
+def _within(node: Node, layout: Layout, shape: Shape) -> Layout:
+    axis, _ = layout.axis()
+    if axis in _saved_axes(node, len(shape)):
+        raise _along_examples()
+    return layout.moved(shape, axis)
 
 
 def _reduce(node: Node, layout: Layout, shape: Shape) -> Layout:
     axis, _ = layout.axis()
-    reduced = _axes(node._saved_dim, len(shape))
     if len(layout.shape) < len(shape):
-        kept = [position for position in range(len(shape)) if position not in reduced]
-        return layout.moved(shape, kept[axis])
+        reduced = _saved_axes(node, len(shape))
+        axis = [position for position in range(len(shape)) if position not in reduced][axis]
     return layout.moved(shape, axis)
+
+
+def _stack(node: Node, layout: Layout, shape: Shape) -> Layout:
+    axis, _ = layout.axis()
+    (added,) = _saved_axes(node, len(layout.shape))
+    if axis == added:
+        raise _along_examples()
+    return layout.moved(shape, axis - (axis > added))
 
 
 def _spatial(rank: int) -> Callable[[Node, Layout, Shape], Layout]:
@@ -155,7 +162,7 @@ def _spatial(rank: int) -> Callable[[Node, Layout, Shape], Layout]:
     def find(node: Node, layout: Layout, shape: Shape) -> Layout:  # noqa: ARG001
         axis, _ = layout.axis()
         if axis >= len(shape) - rank:
-            raise MixedError("runs along the axis that holds the examples")
+            raise _along_examples()
         return layout.moved(shape, axis)
 
     return find
@@ -167,43 +174,67 @@ def _padded(node: Node, layout: Layout, shape: Shape) -> Layout:
 
 def _class_loss(node: Node, layout: Layout, shape: Shape) -> Layout:
     # From (m, classes, ...) to (m, ...), one target each.
-    axis, _ = layout.axis()
-    if axis != 0 or node._saved_reduction != 0:
-        raise MixedError("runs along the axis that holds the examples")
+    if layout.axis()[0] != 0 or node._saved_reduction != 0:
+        raise _along_examples()
     return layout.moved(shape, 0)
 
 
-def _axes(saved: int | Sequence[int], rank: int) -> list[int]:
+def _along_examples() -> MixedError:
+    return MixedError("runs along the axis that holds the examples")
+
+
+def _saved_axes(node: Node, rank: int) -> list[int]:
+    """Return the axes along which an operation runs; all of them if it saved none."""
+    saved = getattr(node, "_saved_dims", getattr(node, "_saved_dim", None))
+    if saved is None:
+        return list(range(rank))
+    return _axes([saved] if isinstance(saved, int) else saved, rank)
+
+
+def _axes(saved: Sequence[int], rank: int) -> list[int]:
     """Return axes as autograd saves them, where -1 can read 2**64 - 1, as indices from 0."""
-    axes = [saved] if isinstance(saved, int) else list(saved)
-    return [(axis - 2**64 if axis >= 2**63 else axis) % max(rank, 1) for axis in axes]
+    return [(axis - 2**64 if axis >= 2**63 else axis) % max(rank, 1) for axis in saved]
 
 
 _ELEMENTWISE = """
-    Abs Add BinaryCrossEntropy BinaryCrossEntropyWithLogits Celu Clamp ClampMax ClampMin Clone Cos
-    Div Elu Erf Exp Expm1 Gelu Hardsigmoid Hardswish Hardtanh HuberLoss LeakyRelu Log Log1P
-    LogSigmoid Maximum Minimum Mish MseLoss Mul NativeDropout Neg Pow Reciprocal Relu Rsqrt Rsub
-    Selu Sigmoid Silu Sin SmoothL1Loss Softplus Sqrt Sub Tanh Threshold ToCopy Where
+    Abs Addcdiv Addcmul Atan Atan2 BinaryCrossEntropy BinaryCrossEntropyWithLogits Celu Clamp
+    ClampMax ClampMin Clone Cos Cosh Div Elu Erf Exp Exp2 Expm1 Gelu Hardshrink Hardsigmoid
+    Hardswish Hardtanh HuberLoss LeakyRelu Lerp Log Log10 Log1P Log2 LogSigmoid Logaddexp
+    MaskedFill Maximum Minimum Mish MseLoss Mul NanToNum NativeDropout Neg Pow Reciprocal Relu
+    RreluWithNoise Rsqrt Rsub Selu Sigmoid Silu Sin Sinh SmoothL1Loss SoftMarginLoss Softplus
+    Softshrink Sqrt Tanh Threshold ToCopy Where Xlogy
 """.split()
 _RESHAPING = "Alias ReshapeAlias Squeeze UnsafeView Unsqueeze View".split()
 _PERMUTING = "Permute T Transpose".split()
+_ALONG = """
+    Cat Cumsum Flip Gather Glu LogSoftmax Slice Softmax Split SplitWithSizes
+""".split()
+_REDUCING = """
+    Amax Amin LinalgVectorNorm Logsumexp Max Mean Min Prod Select Std Sum Unbind Var
+""".split()
+_PLANAR = """
+    AdaptiveAvgPool2D AdaptiveMaxPool2D AvgPool2D MaxPool2DWithIndices UpsampleBilinear2D
+    UpsampleNearest2D
+""".split()
+
+ADDING = frozenset({"Add", "Expand", "Sub"})
+"""Operations whose gradient for a broadcast input is a sum of the output's, up to a factor."""
 
 _Rule = Callable[[Any, Layout, Shape], Layout | None]
 _RULES: dict[str, _Rule] = {
-    **dict.fromkeys(_ELEMENTWISE, _elementwise),
+    **dict.fromkeys((*ADDING, *_ELEMENTWISE), _elementwise),
     **dict.fromkeys(_RESHAPING, _reshape),
     **dict.fromkeys(_PERMUTING, _permute),
-    **dict.fromkeys(("LogSoftmax", "Softmax", "Cat", "Gather"), _within("_saved_dim")),
-    **dict.fromkeys(("Amax", "Logsumexp", "Mean", "Sum"), _reduce),
+    **dict.fromkeys(_ALONG, _within),
+    **dict.fromkeys(_REDUCING, _reduce),
+    **dict.fromkeys(_PLANAR, _spatial(2)),
+    **dict.fromkeys(("AdaptiveAvgPool3D", "AvgPool3D", "MaxPool3DWithIndices"), _spatial(3)),
+    **{f"ReflectionPad{rank}D": _spatial(rank) for rank in (1, 2, 3)},
+    **{f"ReplicationPad{rank}D": _spatial(rank) for rank in (1, 2, 3)},
     **dict.fromkeys(("NllLoss", "NllLoss2D"), _class_loss),
-    **dict.fromkeys(("MaxPool2DWithIndices", "AvgPool2D", "AdaptiveAvgPool2D"), _spatial(2)),
-    **dict.fromkeys(("MaxPool3DWithIndices", "AvgPool3D", "AdaptiveAvgPool3D"), _spatial(3)),
-    **{
-        f"{kind}Pad{rank}D": _spatial(rank)
-        for kind in ("Reflection", "Replication")
-        for rank in (1, 2, 3)
-    },
     "ConstantPadNd": _padded,
+    "PixelShuffle": _spatial(3),
+    "Stack": _stack,
 }
 
 REARRANGING = frozenset({*_RESHAPING, *_PERMUTING, "Clone", "ToCopy"})

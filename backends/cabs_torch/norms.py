@@ -1,7 +1,8 @@
 """Sums of squared norms of per-example gradients, without forming the gradients of matrices.
 
-Guarantees: exact up to rounding, accumulated in float32 or better; temporaries are bounded, since
-their page faults cost more than the arithmetic; nothing waits for a device.
+Guarantees: exact up to the rounding of a loop over the examples, accumulated in float32 or better,
+whatever autocast says; examples are taken a few at a time, since the page faults of large
+temporaries cost more than the arithmetic; nothing waits for a device.
 
 Every function takes the gradient of the loss with respect to an operation's output, and returns
 the sum over examples of |g_i|^2, as a 0-d float64 tensor, where g_i is example i's share of the
@@ -50,16 +51,18 @@ def matrix(inputs: Tensor, cotangents: Tensor) -> Tensor:
     height = cotangents.shape[2]
     if length == 1:
         return (_row_squares(inputs) * _row_squares(cotangents)).sum()
-    pairwise = length * (width + height) < width * height
+    # In double precision, which takes twice the time: where the cotangents of an example add up to
+    # nearly nothing, as behind a softmax over positions, the terms cancel.
+    pairwise = 2 * length * (width + height) < width * height
     needed = 2 * length**2 if pairwise else width * height
     size = max(1, _CHUNK // (needed + length * (width + height)))
     total = torch.zeros((), dtype=torch.float64, device=inputs.device)
     for x, b in zip(torch.split(inputs, size), torch.split(cotangents, size), strict=True):
-        x, b = _at_least_single(x), _at_least_single(b)
         if pairwise:
-            total += ((x @ x.mT) * (b @ b.mT)).sum(dtype=torch.float64)
+            x, b = x.double(), b.double()
+            total += ((x @ x.mT) * (b @ b.mT)).sum()
         else:
-            total += _square_sum(x.mT @ b)
+            total += _square_sum(_at_least_single(x).mT @ _at_least_single(b))
     return total
 
 

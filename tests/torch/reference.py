@@ -48,8 +48,6 @@ def assert_exact(model, loss_fn, inputs, targets):
     # Where the gradients nearly cancel, the batch's own gradient carries their rounding errors.
     slack = rtol * float(mean_square * square_sum / len(targets)) ** 0.5 + 1e-14
     torch.testing.assert_close(statistics.mean_square, mean_square, rtol=rtol, atol=slack)
-    if len(targets) > 1:
-        # Where the gradients nearly agree, the trace is a small difference of these two.
-        trace, slack = rows.var(dim=0).sum(), rtol * float(square_sum) / (len(targets) - 1)
-        torch.testing.assert_close(statistics.variance_trace, trace, rtol=rtol, atol=slack)
-    return statistics
+    # Where the gradients nearly agree, the trace is a small difference of these two.
+    trace, slack = rows.var(dim=0).sum(), rtol * float(square_sum) / (len(targets) - 1)
+    torch.testing.assert_close(statistics.variance_trace, trace, rtol=rtol, atol=slack)

@@ -1,9 +1,12 @@
 """What is not covered is an error before anything has happened, never a wrong number."""
 
+import warnings
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import cabs_torch
 from cabs_torch import UncoveredParameterError
@@ -49,6 +52,13 @@ def watched(module):
     """Give a module a hook that sees, and could change, the gradients that pass it."""
     module.register_full_backward_hook(lambda *_: None)
     return module
+
+
+def nothing():
+    """Return a matrix without columns."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return nn.Linear(4, 0)
 
 
 def model(forward, **modules):
@@ -149,6 +159,61 @@ REFUSED = {
         ),
         "'rows' of Model, shape (5, 4), lies behind AddmmBackward0, which adds a value for every",
     ),
+    "a slope that is learned": (
+        model(lambda m, x: m.slope(m.matrix(x)), slope=nn.PReLU(4)),
+        "'slope.weight' of Model, shape (4,), lies behind PreluKernelBackward0",
+    ),
+    "complex numbers": (
+        model(lambda m, x: (m.matrix(x) * 1j).abs()),
+        "lies behind MulBackward0, which computes complex numbers",
+    ),
+    "a real parameter among complex numbers": (
+        model(
+            lambda m, x: (x.to(torch.complex64) + m.shift).abs(), shift=nn.Parameter(torch.ones(4))
+        ),
+        "'shift' of Model, shape (4,), lies behind AddBackward0, which computes complex numbers",
+    ),
+    "no elements": (
+        model(lambda m, x: torch.cat([m.matrix(x), m.none(x)], dim=1), none=nothing()),
+        "'none.bias' of Model, shape (0,), lies behind AddmmBackward0, which computes complex",
+    ),
+    "no positions": (
+        model(lambda m, x: m.matrix(x) + m.matrix(x[:, None].expand(-1, 0, -1)).sum(1)),
+        "which computes complex numbers, or none at all",
+    ),
+    "a sparse input": (
+        model(lambda m, x: torch.addmm(m.matrix.bias, x.to_sparse(), m.matrix.weight.t())),
+        "lies behind AddmmBackward0, which has a sparse input",
+    ),
+    "activation checkpointing": (
+        model(lambda m, x: checkpoint(lambda h: m.matrix(h).tanh(), x, use_reentrant=False)),
+        "lies behind AddmmBackward0, which has its input packed by a hook, as checkpointing does",
+    ),
+    "reentrant activation checkpointing": (
+        model(
+            lambda m, x: m.after(
+                checkpoint(lambda h: m.matrix(h).tanh(), x.requires_grad_(), use_reentrant=True)
+            ),
+            after=nn.Linear(4, 4),
+        ),
+        "lies behind CheckpointFunctionBackward, which is an operation without a rule",
+    ),
+    "a mean over the batch that was expanded": (
+        model(lambda m, x: m.matrix(x).mean(dim=0).expand(5, 4)),
+        "lies behind MeanBackward1, which is broadcast over the examples",
+    ),
+    "a part of a parameter": (
+        model(lambda m, x: m.matrix(x) + m.places[:1], places=nn.Parameter(torch.ones(9, 4))),
+        "'places' of Model, shape (9, 4), lies behind SliceBackward0, which is broadcast",
+    ),
+    "a stack of examples": (
+        model(lambda m, x: torch.stack([m.matrix(one) for one in x])),
+        "lies behind StackBackward0, which runs along the axis that holds the examples",
+    ),
+    "a split of the batch": (
+        model(lambda m, x: torch.cat(m.matrix(x).split([2, 3])[::-1])),
+        "lies behind CatBackward0, which runs along the axis that holds the examples",
+    ),
     "a product of terms that are scaled": (
         model(
             lambda m, x: torch.addmm(m.bias, x, m.w, alpha=2.0),
@@ -173,7 +238,7 @@ REFUSED = {
     ),
     "examples that were flipped": (
         model(lambda m, x: m.matrix(x).flip(0)),
-        "lies behind FlipBackward0, which is an operation without a rule",
+        "lies behind FlipBackward0, which runs along the axis that holds the examples",
     ),
     "a batch seen as something else": (
         model(lambda m, x: m.after(m.matrix(x).reshape(4, 5)).reshape(5, 4), after=nn.Linear(5, 5)),
@@ -222,6 +287,24 @@ def test_a_parameter_without_a_module_is_named_by_its_shape():
 def test_what_is_no_batch_of_losses_is_refused(losses, error, message):
     with pytest.raises(error, match=message):
         cabs_torch.backward(losses(torch.ones(3, requires_grad=True)))
+
+
+def test_losses_under_no_grad_are_refused():
+    losses = nn.Linear(3, 2)(torch.randn(4, 3)).square().sum(dim=1)
+    with torch.no_grad(), pytest.raises(ValueError, match="gradients must be enabled"):
+        cabs_torch.backward(losses)
+
+
+def test_a_half_built_module_elsewhere_does_not_spoil_the_message():
+    class Broken(nn.Module):
+        def __init__(self):
+            self.kept = None
+
+    broken = Broken()
+    network = model(lambda m, x: m.norm(m.matrix(x)), norm=nn.LayerNorm(4))
+    with pytest.raises(UncoveredParameterError, match=r"'norm\.weight' of Model"):
+        cabs_torch.backward(network(torch.randn(5, 4)).sum(1))
+    assert broken.kept is None
 
 
 def test_hooks_are_gone_after_an_error_in_the_backward_pass():

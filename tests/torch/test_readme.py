@@ -1,0 +1,18 @@
+"""The README's loop runs as printed, and its batch size moves."""
+
+import re
+from pathlib import Path
+
+import torch
+
+README = Path(__file__).parents[2] / "README.md"
+
+
+def test_the_loop_of_the_readme_runs_and_its_batch_grows():
+    (loop,) = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
+    torch.manual_seed(0)
+    names = {}
+    exec(compile(loop, str(README), "exec"), names)
+    assert names["sampler"].epoch == 5
+    assert names["controller"].held_steps == 0
+    assert names["decision"].batch_size >= 24
