@@ -1,4 +1,4 @@
-"""The README's loop runs as printed, and its batch size moves."""
+"""The README is true: its loop runs as printed, and its test command is the one that is run."""
 
 import re
 from pathlib import Path
@@ -16,3 +16,9 @@ def test_the_loop_of_the_readme_runs_and_its_batch_grows():
     assert names["sampler"].epoch == 5
     assert names["controller"].held_steps == 0
     assert names["decision"].batch_size >= 24
+
+
+def test_continuous_integration_runs_the_readmes_test_command():
+    commands = re.findall(r"```sh\n(.*?)\n```", README.read_text(), flags=re.DOTALL)
+    (tests,) = (command for command in commands if "nox -s tests" in command)
+    assert tests in (README.parent / ".ci" / "run").read_text().splitlines()
