@@ -69,7 +69,7 @@ def main() -> None:
                 log.write(decision, examples=len(indices), accuracy=step.accuracy)
                 progress.update(len(indices))
                 progress.set_postfix(
-                    loss=f"{float(step.loss):.3f}",
+                    loss=f"{decision.observation.loss:.3f}",
                     accuracy=f"{float(step.accuracy):.3f}",
                     batch=decision.batch_size,
                 )
