@@ -35,9 +35,9 @@ def install(session: nox.Session, *requirements: str, groups: tuple[str, ...] = 
     session.install("--constraint", str(ROOT / "constraints.txt"), *requirements, *wanted)
 
 
-def run_tests(session: nox.Session, target: str, *sources: str) -> None:
-    """Run one target's tests and the examples in its docstrings."""
-    session.run("pytest", f"tests/{target}", "--doctest-modules", *sources, *session.posargs)
+def run_tests(session: nox.Session, *sources: str) -> None:
+    """Run the core's tests, further tests, and the examples in the docstrings of packages."""
+    session.run("pytest", "tests/core", "--doctest-modules", *sources, *session.posargs)
 
 
 @nox.session
@@ -47,13 +47,13 @@ def run_tests(session: nox.Session, target: str, *sources: str) -> None:
     ids=[f"core-{version}" for version in PYTHONS] + list(FRAMEWORKS),
 )
 def tests(session: nox.Session, target: str) -> None:
-    """Run the tests of the core, or of one framework with its adapter and example."""
+    """Run the tests of the core, alone or with one framework, its adapter and the example."""
     if target == "core":
         install(session, "-e", ".[plot]", groups=("test",))
-        run_tests(session, "core", "cabs")
+        run_tests(session, "cabs")
     else:
         install(session, "-e", f".[{target},examples]", groups=("test",))
-        run_tests(session, target, f"backends/cabs_{target}")
+        run_tests(session, f"tests/{target}", f"backends/cabs_{target}")
         session.run("pytest", "tests/examples", *session.posargs)
 
 
@@ -105,6 +105,7 @@ for module in (cabs, cabs_torch):
 
 @nox.session
 def bench(session: nox.Session) -> None:
-    """Measure the core; nothing else should run meanwhile."""
+    """Measure the core and the adapters; nothing else should run meanwhile."""
     install(session, "-e", ".[torch]")
-    session.run("python", "tests/benchmarks/core.py", *session.posargs)
+    for benchmark in ("core", "steps_torch"):
+        session.run("python", f"tests/benchmarks/{benchmark}.py", *session.posargs)

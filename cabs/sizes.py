@@ -40,7 +40,7 @@ class BatchSizes:
         True
     """
 
-    __slots__ = ("_admissible",)
+    __slots__ = ("_admissible", "_maximum", "_minimum")
     _admissible: range | tuple[int, ...]
 
     def __init__(self, sizes: Iterable[int]) -> None:
@@ -57,6 +57,7 @@ class BatchSizes:
             self._admissible = (
                 range(listed[0], listed[-1] + 1, steps.pop()) if len(steps) == 1 else tuple(listed)
             )
+        self._minimum, self._maximum = self._admissible[0], self._admissible[-1]
         if self.maximum > _LARGEST:
             raise ValueError(f"a batch size must be at most 2**53, got {self.maximum}")
 
@@ -117,12 +118,12 @@ class BatchSizes:
     @property
     def minimum(self) -> int:
         """The smallest size allowed."""
-        return self._admissible[0]
+        return self._minimum
 
     @property
     def maximum(self) -> int:
         """The largest size allowed."""
-        return self._admissible[-1]
+        return self._maximum
 
     def nearest(self, value: float) -> int:
         """Return the allowed size nearest to ``value``; of two as near, the even one.
@@ -135,10 +136,10 @@ class BatchSizes:
             [16, 16, 18, 2048]
         """
         sizes = self._admissible
-        if value <= sizes[0]:
-            return sizes[0]
-        if value >= sizes[-1]:
-            return sizes[-1]
+        if value <= self._minimum:
+            return self._minimum
+        if value >= self._maximum:
+            return self._maximum
         if value != value:
             raise ValueError("value must be a number, got value = nan")
         if isinstance(sizes, range):

@@ -2,22 +2,16 @@
 
     python tests/benchmarks/core.py
 
-Medians and quartiles of interleaved rounds in one process, since single times mean nothing on a
-machine that does other things too. Writes JSON with --json FILE.
+Writes JSON with --json FILE.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import platform
-import statistics
-import time
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import torch
+from rounds import describe, measure, options, quartiles, write
 
 import cabs
 
@@ -59,38 +53,12 @@ def torch_batches(examples: int, size: int) -> Callable[[], None]:
     return run
 
 
-def measure(*rounds: Callable[[], None]) -> list[list[float]]:
-    """Return the seconds of each round, taken in turns."""
-    for run in rounds:
-        run()
-    seconds: list[list[float]] = [[] for _ in rounds]
-    for _ in range(ROUNDS):
-        for run, taken in zip(rounds, seconds, strict=True):
-            start = time.perf_counter()
-            run()
-            taken.append(time.perf_counter() - start)
-    return seconds
-
-
-def quartiles(values: list[float]) -> dict[str, float]:
-    """Return the median and the quartiles."""
-    lower, median, upper = statistics.quantiles(values, n=4)
-    return {"median": median, "lower": lower, "upper": upper}
-
-
 def main() -> None:
     """Measure, print, and write."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
-    result: dict[str, object] = {
-        "python": platform.python_version(),
-        "numpy": np.__version__,
-        "torch": torch.__version__,
-        "machine": platform.machine(),
-    }
+    chosen = options(__doc__)
+    result: dict[str, object] = {**describe(), "numpy": np.__version__, "torch": torch.__version__}
 
-    (taken,) = measure(decisions(2000))
+    (taken,) = measure(ROUNDS, decisions(2000))
     microseconds = quartiles([seconds / 2000 * 1e6 for seconds in taken])
     result["microseconds a decision"] = microseconds
     print(
@@ -98,7 +66,7 @@ def main() -> None:
     )
 
     for examples, size in ((60_000, 16), (60_000, 256), (60_000, 2048)):
-        ours, theirs = measure(batches(examples, size), torch_batches(examples, size))
+        ours, theirs = measure(ROUNDS, batches(examples, size), torch_batches(examples, size))
         rates = {
             "cabs": quartiles([examples / seconds for seconds in ours]),
             "torch": quartiles([examples / seconds for seconds in theirs]),
@@ -110,8 +78,7 @@ def main() -> None:
             f"{rates['torch']['median']:.3g}, ratio {rates['ratio of pairs']['median']:.1f} "
             f"({rates['ratio of pairs']['lower']:.1f} to {rates['ratio of pairs']['upper']:.1f})"
         )
-    if options.json:
-        options.json.write_text(json.dumps(result, indent=2) + "\n")
+    write(chosen, result)
 
 
 if __name__ == "__main__":

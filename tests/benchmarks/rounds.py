@@ -1,0 +1,51 @@
+"""How this project measures: rounds taken in turns in one process, medians and quartiles.
+
+Single times mean nothing on a machine that does other things too; ratios of neighbours do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+
+def options(description: str | None) -> argparse.Namespace:
+    """Return what the command line asks for."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--json", type=Path, help="where the result is written")
+    return parser.parse_args()
+
+
+def describe() -> dict[str, object]:
+    """Return what the numbers depend on."""
+    return {"python": platform.python_version(), "machine": platform.machine()}
+
+
+def measure(count: int, *rounds: Callable[[], None]) -> list[list[float]]:
+    """Return the seconds of ``count`` repetitions of each round, taken in turns after one each."""
+    for run in rounds:
+        run()
+    seconds: list[list[float]] = [[] for _ in rounds]
+    for _ in range(count):
+        for run, taken in zip(rounds, seconds, strict=True):
+            start = time.perf_counter()
+            run()
+            taken.append(time.perf_counter() - start)
+    return seconds
+
+
+def quartiles(values: list[float]) -> dict[str, float]:
+    """Return the median and the quartiles."""
+    lower, median, upper = statistics.quantiles(values, n=4)
+    return {"median": median, "lower": lower, "upper": upper}
+
+
+def write(chosen: argparse.Namespace, result: dict[str, object]) -> None:
+    """Write the result if a file was asked for."""
+    if chosen.json:
+        chosen.json.write_text(json.dumps(result, indent=2) + "\n")
