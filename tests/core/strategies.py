@@ -65,3 +65,11 @@ def feed(controller, observations):
             del given["variance_trace"]
         decisions.append(controller.update(**given))
     return decisions
+
+
+def updated(**observation):
+    """Return the decision of a new controller on an ordinary observation, changed as given."""
+    controller = Controller(32)
+    return controller.update(
+        **{"learning_rate": 0.1, "variance_trace": 900.0, "loss": 1.5, **observation}
+    )

@@ -1,0 +1,198 @@
+"""Mistakes that are easily made, by others and here: one test each, named after it."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import cabs_torch
+from cabs import Controller
+from tests.torch.models import Residual, cross_entropy, squares
+from tests.torch.reference import assert_exact, gradients_one_by_one
+
+
+def test_mean_against_sum_the_gradient_of_an_example_is_m_times_its_share():
+    layer = nn.Linear(1, 1, bias=False)
+    inputs = torch.tensor([[1.0], [2.0], [3.0]])
+    statistics = cabs_torch.backward(layer(inputs).squeeze(1))
+    assert float(statistics.group_square_sum) == pytest.approx(1.0 + 4.0 + 9.0)
+    assert float(statistics.mean_square) == pytest.approx(4.0)
+
+
+def test_gradient_accumulation_the_mean_square_is_of_this_batch_alone():
+    torch.manual_seed(0)
+    model, inputs, targets = nn.Linear(3, 2), torch.randn(4, 3), torch.randint(2, (4,))
+    first = cabs_torch.backward(cross_entropy(model(inputs), targets))
+    second = cabs_torch.backward(cross_entropy(model(inputs), targets))
+    assert float(first.mean_square) == float(second.mean_square)
+    accumulated = model.weight.grad.clone()
+    model.zero_grad()
+    cabs_torch.backward(cross_entropy(model(inputs), targets))
+    assert torch.equal(accumulated, 2.0 * model.weight.grad)
+
+
+def test_microbatches_add_up_to_the_statistics_of_the_whole_batch():
+    torch.manual_seed(0)
+    model, inputs, targets = nn.Linear(3, 2), torch.randn(7, 3), torch.randint(2, (7,))
+    whole = cabs_torch.backward(cross_entropy(model(inputs), targets))
+    model.zero_grad()
+    parts, gradient = [], 0.0
+    for piece in (slice(0, 3), slice(3, 7)):
+        parts.append(cabs_torch.backward(cross_entropy(model(inputs[piece]), targets[piece])))
+        rows = torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
+        gradient = gradient + rows * (parts[-1].examples / 7)
+        model.zero_grad()
+    merged = (parts[0].partial + parts[1].partial).complete(mean_square=gradient.square().sum())
+    assert float(merged.variance_trace) == pytest.approx(float(whole.variance_trace), rel=1e-5)
+
+
+def test_frozen_parameters_are_left_out():
+    torch.manual_seed(0)
+    model = Residual()
+    for parameter in (model.stem.weight, model.body.bias, model.head.weight):
+        parameter.requires_grad_(False)
+    assert_exact(model, cross_entropy, torch.randn(4, 2, 8, 9), torch.randint(5, (4,)))
+
+
+def test_dropout_has_the_same_mask_in_both_passes():
+    torch.manual_seed(0)
+    model, inputs, targets = Residual(dropout=0.5), torch.randn(4, 2, 8, 9), torch.randint(5, (4,))
+    torch.manual_seed(1)
+    losses = cross_entropy(model(inputs), targets)
+    rows = [
+        torch.cat(
+            [
+                part.flatten()
+                for part in torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)
+            ]
+        )
+        for loss in losses
+    ]
+    statistics = cabs_torch.backward(losses)
+    expected = torch.stack(rows).double().square().sum()
+    torch.testing.assert_close(statistics.group_square_sum, expected, rtol=1e-5, atol=0.0)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 6])
+def test_grouped_and_depthwise_convolutions_are_exact(groups):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(6, 12, 3, groups=groups), nn.Tanh(), nn.Flatten())
+    assert_exact(model, squares, torch.randn(5, 6, 6, 7), torch.randn(5))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_accumulated_in_single(dtype):
+    torch.manual_seed(0)
+    layer = nn.Linear(4096, 8, bias=False).to(dtype)
+    inputs = torch.rand(4, 3, 4096).to(dtype)
+    outputs = layer(inputs)
+    (cotangents,) = torch.autograd.grad(
+        outputs.float().mean(dim=(1, 2)).mean(), outputs, retain_graph=True
+    )
+    shares = torch.einsum("itn,itk->ink", cotangents.double(), inputs.double())
+    statistics = cabs_torch.backward(outputs.float().mean(dim=(1, 2)))
+    expected = shares.square().sum() * 16
+    torch.testing.assert_close(statistics.group_square_sum, expected, rtol=1e-6, atol=0.0)
+
+
+def test_a_long_sum_in_single_precision_loses_no_digits():
+    torch.manual_seed(0)
+    layer = nn.Linear(4096, 2048, bias=False)
+    statistics = cabs_torch.backward(layer(torch.randn(2, 4096)).square().mean(dim=1))
+    expected = layer.weight.grad.double().square().sum()
+    torch.testing.assert_close(statistics.mean_square, expected, rtol=1e-8, atol=0.0)
+
+
+def test_chunks_of_examples_do_not_change_the_sum(monkeypatch):
+    torch.manual_seed(0)
+    model, inputs, targets = Residual(), torch.randn(6, 2, 8, 9), torch.randint(5, (6,))
+    whole = cabs_torch.backward(cross_entropy(model(inputs), targets))
+    monkeypatch.setattr("cabs_torch.norms._CHUNK", 1)
+    chunked = cabs_torch.backward(cross_entropy(model(inputs), targets))
+    torch.testing.assert_close(chunked.group_square_sum, whole.group_square_sum, rtol=1e-6, atol=0)
+
+
+def test_losses_may_be_any_output_of_a_graph_that_goes_on():
+    torch.manual_seed(0)
+    layer = nn.Linear(3, 3)
+    outputs = layer(torch.randn(4, 3))
+    losses = outputs.square().mean(dim=1)
+    kept = losses.detach().clone()
+    statistics = cabs_torch.backward(losses)
+    assert torch.equal(losses.detach(), kept)
+    assert float(statistics.variance_trace) > 0.0
+
+
+def test_a_tensor_that_requires_gradients_can_be_handed_to_the_controller_as_it_is():
+    torch.manual_seed(0)
+    model = nn.Linear(3, 2)
+    losses = cross_entropy(model(torch.randn(4, 3)), torch.randint(2, (4,)))
+    statistics = cabs_torch.backward(losses)
+    controller = Controller(16)
+    decision = controller.update(
+        learning_rate=torch.tensor([0.1, 0.2]),
+        variance_trace=torch.stack([statistics.variance_trace, statistics.mean_square]),
+        loss=losses.mean(),
+    )
+    assert not decision.held
+
+
+def test_of_one_example_nothing_is_measured_and_the_gradient_is_the_plain_one():
+    torch.manual_seed(0)
+    layer, inputs = nn.Linear(3, 2), torch.randn(1, 3)
+    layer(inputs).square().sum(dim=1).mean().backward()
+    plain = layer.weight.grad.clone()
+    layer.zero_grad()
+    statistics = cabs_torch.backward(layer(inputs).square().sum(dim=1))
+    assert torch.equal(layer.weight.grad, plain)
+    assert statistics.group_square_sum.isnan()
+    assert statistics.mean_square.isnan()
+    decision = Controller(16).update(
+        learning_rate=0.1, variance_trace=statistics.variance_trace, loss=1.0
+    )
+    assert decision.held
+
+
+@pytest.mark.parametrize("offset", [0.0, 100.0, 1000.0])
+def test_cotangents_that_cancel_within_an_example_lose_no_more_than_a_loop_does(offset):
+    torch.manual_seed(1)
+    inputs = torch.randn(4, 3, 64) + offset
+    layer = nn.Linear(64, 64, bias=False)
+    weights = torch.sin(torch.arange(192.0)).view(3, 64)
+
+    def losses_of(one):
+        return (F.softmax(layer(one) / 64, dim=1) * weights).sum(1).square().sum(1)
+
+    loop = [torch.autograd.grad(losses_of(one[None]).squeeze(0), layer.weight)[0] for one in inputs]
+    expected = torch.stack(loop).double().square().sum()
+    statistics = cabs_torch.backward(losses_of(inputs))
+    torch.testing.assert_close(statistics.group_square_sum, expected, rtol=1e-4, atol=0.0)
+
+
+def test_losses_in_half_precision_are_averaged_by_a_rounded_number():
+    torch.manual_seed(0)
+    layer, inputs = nn.Linear(5, 3), torch.randn(3, 5)
+    exact = cabs_torch.backward(layer(inputs).square().sum(dim=1))
+    half = cabs_torch.backward(layer(inputs).square().sum(dim=1).to(torch.bfloat16))
+    torch.testing.assert_close(half.group_square_sum, exact.group_square_sum, rtol=1e-5, atol=0.0)
+    torch.testing.assert_close(half.mean_square, exact.mean_square, rtol=1e-5, atol=0.0)
+
+
+def test_autocast_around_the_backward_pass_does_not_round_the_sums():
+    torch.manual_seed(0)
+    layer, inputs = nn.Linear(32, 32), torch.randn(4, 40, 32)
+    exact = cabs_torch.backward(layer(inputs).square().sum(dim=(1, 2)))
+    losses = layer(inputs).square().sum(dim=(1, 2))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rounded = cabs_torch.backward(losses)
+    torch.testing.assert_close(rounded.group_square_sum, exact.group_square_sum, rtol=1e-6, atol=0)
+
+
+def test_autocast_in_the_model_is_exact_for_what_was_computed():
+    torch.manual_seed(0)
+    model, inputs, targets = Residual(), torch.randn(4, 2, 8, 9), torch.randint(5, (4,))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        losses = cross_entropy(model(inputs), targets)
+    statistics = cabs_torch.backward(losses)
+    rows = gradients_one_by_one(model, cross_entropy, inputs, targets)
+    torch.testing.assert_close(statistics.group_square_sum, rows.square().sum(), rtol=0.05, atol=0)
