@@ -32,7 +32,7 @@ def read_state(state_dict: Any) -> tuple[Configuration, State]:
     """Return what a controller's state dictionary holds; ValueError if it is none."""
     if not isinstance(state_dict, dict) or state_dict.get("format") != _FORMAT:
         raise ValueError(f"this is no state of a controller: {str(state_dict)[:80]}")
-    if state_dict.get("version") != _VERSION:
+    if type(state_dict.get("version")) is not int or state_dict["version"] != _VERSION:
         raise ValueError(
             f"this state has version {state_dict.get('version')!r}, expected {_VERSION}; load "
             "it with the release of cabs that wrote it"

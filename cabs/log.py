@@ -13,6 +13,7 @@ import json
 import math
 import os
 from dataclasses import dataclass
+from io import FileIO
 from numbers import Integral
 from pathlib import Path
 from types import TracebackType
@@ -66,22 +67,30 @@ class RunLog:
         if mode not in ("x", "w", "a"):
             raise ValueError(f"mode must be 'x', 'w' or 'a', got mode = {mode!r}")
         self.path = Path(os.fsdecode(path))
-        self._step: int | None = None
-        self._configuration = controller.configuration
+        self._configuration, state = read_state(controller.state_dict())
+        # The state before the next decision; for a log that goes on, not known before that.
+        self._state: State | None = None
         if mode == "a" and self.path.exists() and not _starts_anew(self.path):
-            run = read_run(self.path)
+            content = self.path.read_bytes()
+            run, _ = _parse(self.path, content)
             if run.configuration != self._configuration:
                 raise ValueError(
                     f"{self.path} is the log of a run with other settings: "
                     f"{self._configuration.difference(run.configuration)}"
                 )
-            self._file = open(self.path, "r+b", buffering=0)  # noqa: SIM115
-        else:
             # Unbuffered: one write a line reaches the operating system whole or is the last.
+            self._file = open(self.path, "r+b", buffering=0)  # noqa: SIM115
+            self._end = len(content)
+        else:
             self._file = open(self.path, "xb" if mode == "x" else "wb", buffering=0)  # noqa: SIM115
-            self._step = controller.step
+            self._state = state
             header = {"format": _FORMAT, "version": _VERSION, "start": controller.state_dict()}
-            self._append(header)
+            try:
+                self._end = _append(self._file, _line(header))
+            except OSError:
+                self.close()
+                self.path.unlink()
+                raise
 
     def write(self, decision: Decision, /, **measurements: Scalar) -> None:
         """Write one decision, with any numbers that the loop has at hand.
@@ -96,15 +105,8 @@ class RunLog:
             OSError: If the line could not be written, as on a full disk. It is taken back, and the
                 decision can be written again.
         """
-        if self._step is None:
-            self._resume_at(decision)
-        if decision.step != self._step:
-            raise ValueError(
-                f"the next decision to be written is that of step {self._step}, got step "
-                f"{decision.step}; write each decision once"
-            )
         observation = decision.observation
-        self._append(
+        line = _line(
             {
                 "step": decision.step,
                 "learning_rate": _plain(observation.learning_rate),
@@ -121,11 +123,31 @@ class RunLog:
                 },
             }
         )
-        self._step = decision.step + 1
+        if self._file.seek(0, os.SEEK_END) != self._end:
+            raise ValueError(f"{self.path} was changed by somebody else since this log was opened")
+        if self._state is None:
+            self._go_on(decision, line)
+        else:
+            after = self._follow(self._state, decision)
+            self._end = _append(self._file, line)
+            self._state = after
 
-    def _resume_at(self, decision: Decision) -> None:
-        """Set aside what the log holds from a decision on, which must follow from the rest."""
-        run, ends = _read(self.path)
+    def _follow(self, state: State, decision: Decision) -> State:
+        """Return the state after a decision, which must be what follows from the state before."""
+        after, expected = decide(self._configuration, state, decision.observation)
+        if decision != expected:
+            raise ValueError(
+                f"the decision of step {decision.step} does not follow from what {self.path} "
+                f"holds, which goes on with step {state.step}; write each decision of one "
+                "controller once, and after loading a state open its log again with mode='a'"
+            )
+        return after
+
+    def _go_on(self, decision: Decision, line: bytes) -> None:
+        """Set aside what the log holds from a decision on, and write that in its place."""
+        self._file.seek(0)
+        content = self._file.read()
+        run, ends = _parse(self.path, content)
         before = decision.step - run.start.step
         if not 0 <= before <= len(run.decisions):
             raise ValueError(
@@ -134,29 +156,15 @@ class RunLog:
             )
         state = run.start
         for known in run.decisions[:before]:
-            state, _ = decide(run.configuration, state, known.observation)
-        if decide(run.configuration, state, decision.observation)[1] != decision:
-            raise ValueError(
-                f"{self.path} is the log of another run: the decision at step {decision.step} does "
-                "not follow from it; write to a new file"
-            )
-        whole = self.path.read_bytes()
-        if whole[ends[before] :]:
-            with open(f"{self.path}.dropped", "ab") as dropped:
-                dropped.write(whole[ends[before] :])
-        self._file.truncate(ends[before])
-        self._step = decision.step
-
-    def _append(self, record: dict[str, Any]) -> None:
-        line = json.dumps(record, allow_nan=False).encode() + b"\n"
-        end = self._file.seek(0, os.SEEK_END)
-        try:
-            written = self._file.write(line)
-            if written != len(line):
-                raise OSError(f"only {written} of {len(line)} bytes were written to {self.path}")
-        except OSError:
-            self._file.truncate(end)
-            raise
+            state, _ = decide(self._configuration, state, known.observation)
+        after = self._follow(state, decision)
+        tail = content[ends[before] :]
+        if tail:
+            with open(f"{self.path}.dropped", "ab", buffering=0) as dropped:
+                _append(dropped, tail if tail.endswith(b"\n") else tail + b"\n")
+        self._end = self._file.truncate(ends[before])
+        self._end = _append(self._file, line)
+        self._state = after
 
     def close(self) -> None:
         """Close the file; closing twice does nothing."""
@@ -211,12 +219,30 @@ def read_run(path: str | os.PathLike[str]) -> Run:
         >>> read_run(path).decisions
         []
     """
-    return _read(Path(os.fsdecode(path)))[0]
+    path = Path(os.fsdecode(path))
+    return _parse(path, path.read_bytes())[0]
 
 
-def _read(path: Path) -> tuple[Run, list[int]]:
+def _line(record: dict[str, Any]) -> bytes:
+    return json.dumps(record, allow_nan=False).encode() + b"\n"
+
+
+def _append(file: FileIO, line: bytes) -> int:
+    """Write a line at the end of a file, or leave the file as it was; return its new length."""
+    end = file.seek(0, os.SEEK_END)
+    try:
+        written = file.write(line)
+        if written != len(line):
+            raise OSError(f"only {written} of {len(line)} bytes were written to {file.name!r}")
+    except OSError:
+        file.truncate(end)
+        raise
+    return end + len(line)
+
+
+def _parse(path: Path, content: bytes) -> tuple[Run, list[int]]:
     """Return the run, and the offset in bytes at which each of its lines ends, header first."""
-    lines = path.read_bytes().split(b"\n")
+    lines = content.split(b"\n")
     cut_off = lines.pop() != b""
     if not lines:
         raise ValueError(f"{path} is no run log: it has no whole line")
@@ -243,7 +269,8 @@ def _starts_anew(path: Path) -> bool:
     """Return whether a file holds nothing but the beginning of a header, if that."""
     content = path.read_bytes()
     opening = json.dumps({"format": _FORMAT})[:-1].encode()
-    return b"\n" not in content and content[: len(opening)] == opening[: len(content)]
+    begun = len(content) >= 8 and content[: len(opening)] == opening[: len(content)]
+    return not content or (begun and b"\n" not in content)
 
 
 def _load(line: bytes) -> Any:
@@ -268,7 +295,7 @@ def _read_header(path: Path, line: bytes) -> tuple[Configuration, State]:
         raise ValueError(f"{path} is no run log: its first line is no JSON") from error
     if not isinstance(header, dict) or header.get("format") != _FORMAT:
         raise ValueError(f"{path} is no run log: its first line is {line[:80]!r}")
-    if header.get("version") != _VERSION:
+    if type(header.get("version")) is not int or header["version"] != _VERSION:
         raise ValueError(
             f"{path} is a run log of version {header.get('version')!r}, expected {_VERSION}; read "
             "it with the release of cabs that wrote it"

@@ -177,7 +177,7 @@ class BatchSizes:
             if set(value) == {"minimum", "maximum", "step"}:
                 step = as_integer(value["step"], "step", 1)
                 return cls(range(value["minimum"], value["maximum"] + 1, step))
-        except (TypeError, ValueError) as error:
+        except (OverflowError, TypeError, ValueError) as error:
             raise ValueError(f"{value!r} describes no batch sizes: {error}") from error
         raise ValueError(f"{value!r} describes no batch sizes")
 

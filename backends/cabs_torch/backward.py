@@ -41,7 +41,8 @@ def backward(losses: Tensor) -> GradientStatistics:
 
     Raises:
         TypeError: If ``losses`` is no tensor, or not of a real floating-point type.
-        ValueError: If it has another shape, is empty, or carries no graph.
+        ValueError: If it has another shape, is empty, or carries no graph, or one that a backward
+            pass has used already.
         UncoveredParameterError: If a parameter's norms cannot be had exactly; the message names
             the parameter and the operation. Nothing has been computed then.
 

@@ -182,6 +182,10 @@ _FACTORS = {"Mm": (0, "self"), "Mv": (0, "self"), "Addmm": (1, "mat1")}
 def _check_saved(node: Node, name: str) -> None:
     """Raise MixedError if an input cannot be read a second time, or is sparse."""
     saved = getattr(node, f"_raw_saved_{name}")
+    if saved.data is None:
+        raise ValueError(
+            "losses must carry a graph that no backward pass has used yet; compute them again"
+        )
     if saved.unpack_hook is not None:
         raise MixedError("has its input packed by a hook, as checkpointing does")
     if saved.data.layout is not torch.strided:

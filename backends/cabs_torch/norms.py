@@ -1,8 +1,8 @@
 """Sums of squared norms of per-example gradients, without forming the gradients of matrices.
 
-Guarantees: exact up to the rounding of a loop over the examples, accumulated in float32 or better,
-whatever autocast says; examples are taken a few at a time, since the page faults of large
-temporaries cost more than the arithmetic; nothing waits for a device.
+Guarantees: exact up to rounding, accumulated in float32 or better, whatever autocast says, and
+never negative; examples are taken a few at a time, since the page faults of large temporaries cost
+more than the arithmetic; nothing waits for a device.
 
 Every function takes the gradient of the loss with respect to an operation's output, and returns
 the sum over examples of |g_i|^2, as a 0-d float64 tensor, where g_i is example i's share of the
@@ -60,7 +60,7 @@ def matrix(inputs: Tensor, cotangents: Tensor) -> Tensor:
     for x, b in zip(torch.split(inputs, size), torch.split(cotangents, size), strict=True):
         if pairwise:
             x, b = x.double(), b.double()
-            total += ((x @ x.mT) * (b @ b.mT)).sum()
+            total += ((x @ x.mT) * (b @ b.mT)).sum(dim=(1, 2)).clamp_min(0.0).sum()
         else:
             total += _square_sum(_at_least_single(x).mT @ _at_least_single(b))
     return total

@@ -138,12 +138,15 @@ def test_a_resumed_run_leaves_the_log_of_an_uninterrupted_one(
             )
             log.write(decision, examples=16, accuracy=0.5)
     assert path.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
-    kept = before[: len(before) - len((tmp_path / "run.jsonl.dropped").read_bytes())]
-    assert path.read_bytes().startswith(kept)
-    assert kept + (tmp_path / "run.jsonl.dropped").read_bytes() == before
+    # What was set aside ends with a whole line, so that more can be set aside behind it.
+    dropped = (tmp_path / "run.jsonl.dropped").read_bytes()
+    assert dropped.endswith(b"\n")
+    tail = dropped[:-1] if cut else dropped
+    assert before.endswith(tail)
+    assert path.read_bytes().startswith(before[: len(before) - len(tail)])
 
 
-@pytest.mark.parametrize("left", [b"", b'{"for', b'{"format": "cabs.run_log", "version'])
+@pytest.mark.parametrize("left", [b"", b'{"format', b'{"format": "cabs.run_log", "version'])
 def test_a_run_killed_before_its_header_was_whole_starts_anew(path, left):
     path.write_bytes(left)
     decisions = write(path, Controller(16), 2, mode="a")
@@ -162,7 +165,7 @@ def test_the_log_of_another_run_with_the_same_settings_is_not_continued(path):
     before = path.read_bytes()
     other = Controller(16)
     feed(other, [{"learning_rate": 0.1, "variance_trace": 9000.0, "loss": 1.0}] * 5)
-    with pytest.raises(ValueError, match="log of another run"):
+    with pytest.raises(ValueError, match="does not follow from what"):
         write(path, other, 1, mode="a")
     assert path.read_bytes() == before
 
@@ -220,8 +223,59 @@ def test_decisions_are_written_once_and_in_order(path):
     with RunLog(path, controller) as log:
         decision = controller.update(learning_rate=0.1, variance_trace=9.0, loss=1.0)
         log.write(decision)
-        with pytest.raises(ValueError, match="that of step 1, got step 0"):
+        with pytest.raises(
+            ValueError, match=r"of step 0 does not follow from what .* goes on with step 1"
+        ):
             log.write(decision)
+
+
+def test_the_decisions_of_another_controller_are_refused(path):
+    controller, other = Controller(16), Controller(16)
+    feed(other, [{"learning_rate": 0.1, "variance_trace": 9000.0, "loss": 1.0}] * 2)
+    with RunLog(path, controller) as log:
+        for _ in range(2):
+            log.write(controller.update(learning_rate=0.1, variance_trace=9.0, loss=1.0))
+        controller.load_state_dict(other.state_dict())
+        with pytest.raises(ValueError, match="after loading a state open its log again"):
+            log.write(controller.update(learning_rate=0.1, variance_trace=9.0, loss=1.0))
+    assert len(read_run(path).decisions) == 2
+
+
+def test_two_logs_on_one_path_notice_each_other(path):
+    first, second = Controller(16), Controller(16)
+    write(path, first, 2)
+    second.load_state_dict(first.state_dict())
+    observation = {"learning_rate": 0.1, "variance_trace": 9.0, "loss": 1.0}
+    with RunLog(path, first, mode="a") as one, RunLog(path, second, mode="a") as two:
+        one.write(first.update(**observation))
+        with pytest.raises(ValueError, match="was changed by somebody else"):
+            two.write(second.update(**observation))
+        one.write(first.update(**observation))
+    assert len(read_run(path).decisions) == 4
+
+
+def test_a_measurement_that_is_no_number_changes_nothing(path):
+    write(path, Controller(16), 3)
+    before = path.read_bytes()
+    controller = Controller(16)
+    with RunLog(path, controller, mode="a") as log:
+        decision = controller.update(learning_rate=0.1, variance_trace=100.0, loss=1.0)
+        with pytest.raises(TypeError, match="examples must be a number"):
+            log.write(decision, examples="16")
+    assert path.read_bytes() == before
+
+
+def test_on_a_full_disk_no_empty_log_is_left(path):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    previous = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20, limits[1]))
+        with pytest.raises(OSError, match="only 20 of"):
+            RunLog(path, Controller(16))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, previous)
+    assert not path.exists()
 
 
 def test_an_unknown_mode_is_refused(path):

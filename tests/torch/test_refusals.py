@@ -289,6 +289,13 @@ def test_what_is_no_batch_of_losses_is_refused(losses, error, message):
         cabs_torch.backward(losses(torch.ones(3, requires_grad=True)))
 
 
+def test_a_graph_that_was_used_is_refused():
+    losses = nn.Linear(3, 2)(torch.randn(4, 3)).square().sum(dim=1)
+    cabs_torch.backward(losses)
+    with pytest.raises(ValueError, match="a graph that no backward pass has used"):
+        cabs_torch.backward(losses)
+
+
 def test_losses_under_no_grad_are_refused():
     losses = nn.Linear(3, 2)(torch.randn(4, 3)).square().sum(dim=1)
     with torch.no_grad(), pytest.raises(ValueError, match="gradients must be enabled"):

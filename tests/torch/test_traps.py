@@ -169,6 +169,16 @@ def test_cotangents_that_cancel_within_an_example_lose_no_more_than_a_loop_does(
     torch.testing.assert_close(statistics.group_square_sum, expected, rtol=1e-4, atol=0.0)
 
 
+def test_a_sum_of_squares_is_never_negative_when_gradients_cancel():
+    torch.manual_seed(1)
+    weight = nn.Parameter(torch.randn(64, 64, dtype=torch.float64))
+    inputs = torch.randn(2, 1, 64, dtype=torch.float64).expand(2, 4, 64).contiguous()
+    factors = torch.randn(2, 4, 64, dtype=torch.float64)
+    factors -= factors.mean(dim=1, keepdim=True)
+    statistics = cabs_torch.backward(((inputs @ weight) * factors).sum(dim=(1, 2)))
+    assert 0.0 <= float(statistics.group_square_sum) < 1e-10
+
+
 def test_losses_in_half_precision_are_averaged_by_a_rounded_number():
     torch.manual_seed(0)
     layer, inputs = nn.Linear(5, 3), torch.randn(3, 5)
