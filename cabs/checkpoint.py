@@ -11,6 +11,7 @@ from typing import Any
 
 from cabs.configuration import Configuration
 from cabs.decision import Averages, State, is_due
+from cabs.formats import check_mark
 
 _FORMAT = "cabs.controller"
 _VERSION = 1
@@ -30,13 +31,7 @@ def write_state(configuration: Configuration, state: State) -> dict[str, Any]:
 
 def read_state(state_dict: Any) -> tuple[Configuration, State]:
     """Return what a controller's state dictionary holds; ValueError if it is none."""
-    if not isinstance(state_dict, dict) or state_dict.get("format") != _FORMAT:
-        raise ValueError(f"this is no state of a controller: {str(state_dict)[:80]}")
-    if type(state_dict.get("version")) is not int or state_dict["version"] != _VERSION:
-        raise ValueError(
-            f"this state has version {state_dict.get('version')!r}, expected {_VERSION}; load "
-            "it with the release of cabs that wrote it"
-        )
+    check_mark(state_dict, "this", "state of a controller", _FORMAT, _VERSION)
     if set(state_dict) != {"format", "version", "configuration", "state"}:
         raise ValueError(f"this state is not whole: it holds {sorted(state_dict)}")
     configuration = Configuration.from_json(state_dict["configuration"])

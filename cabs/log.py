@@ -17,12 +17,13 @@ from io import FileIO
 from numbers import Integral
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Literal, NamedTuple, Self
 
 from cabs.checkpoint import read_state
 from cabs.configuration import Configuration
 from cabs.controller import Controller
 from cabs.decision import Decision, Observation, Reason, State, decide
+from cabs.formats import check_mark
 from cabs.scalars import Scalar, as_float
 
 _FORMAT = "cabs.run_log"
@@ -67,30 +68,33 @@ class RunLog:
         if mode not in ("x", "w", "a"):
             raise ValueError(f"mode must be 'x', 'w' or 'a', got mode = {mode!r}")
         self.path = Path(os.fsdecode(path))
-        self._configuration, state = read_state(controller.state_dict())
-        # The state before the next decision; for a log that goes on, not known before that.
-        self._state: State | None = None
-        if mode == "a" and self.path.exists() and not _starts_anew(self.path):
-            content = self.path.read_bytes()
-            run, _ = _parse(self.path, content)
-            if run.configuration != self._configuration:
+        start = controller.state_dict()
+        self._configuration, state = read_state(start)
+        content = self.path.read_bytes() if mode == "a" and self.path.exists() else b""
+        # What the log holds, until the first decision says where it goes on.
+        self._known: _Lines | None = None
+        if content and not _is_begun_header(content):
+            self._known = _parse(self.path, content)
+            configuration = self._known.run.configuration
+            if configuration != self._configuration:
                 raise ValueError(
                     f"{self.path} is the log of a run with other settings: "
-                    f"{self._configuration.difference(run.configuration)}"
+                    f"{self._configuration.difference(configuration)}"
                 )
             # Unbuffered: one write a line reaches the operating system whole or is the last.
             self._file = open(self.path, "r+b", buffering=0)  # noqa: SIM115
             self._end = len(content)
         else:
             self._file = open(self.path, "xb" if mode == "x" else "wb", buffering=0)  # noqa: SIM115
-            self._state = state
-            header = {"format": _FORMAT, "version": _VERSION, "start": controller.state_dict()}
+            header = {"format": _FORMAT, "version": _VERSION, "start": start}
             try:
                 self._end = _append(self._file, _line(header))
             except OSError:
                 self.close()
                 self.path.unlink()
                 raise
+        # The state before the next decision.
+        self._state = state
 
     def write(self, decision: Decision, /, **measurements: Scalar) -> None:
         """Write one decision, with any numbers that the loop has at hand.
@@ -125,12 +129,11 @@ class RunLog:
         )
         if self._file.seek(0, os.SEEK_END) != self._end:
             raise ValueError(f"{self.path} was changed by somebody else since this log was opened")
-        if self._state is None:
-            self._go_on(decision, line)
-        else:
-            after = self._follow(self._state, decision)
-            self._end = _append(self._file, line)
-            self._state = after
+        if self._known is not None:
+            self._go_on(self._known, decision)
+        after = self._follow(self._state, decision)
+        self._end = _append(self._file, line)
+        self._state = after
 
     def _follow(self, state: State, decision: Decision) -> State:
         """Return the state after a decision, which must be what follows from the state before."""
@@ -143,28 +146,24 @@ class RunLog:
             )
         return after
 
-    def _go_on(self, decision: Decision, line: bytes) -> None:
-        """Set aside what the log holds from a decision on, and write that in its place."""
-        self._file.seek(0)
-        content = self._file.read()
-        run, ends = _parse(self.path, content)
-        before = decision.step - run.start.step
-        if not 0 <= before <= len(run.decisions):
+    def _go_on(self, known: _Lines, decision: Decision) -> None:
+        """Set aside what the log holds from a decision on, which must follow from the rest."""
+        before = decision.step - known.run.start.step
+        if not 0 <= before < len(known.states):
             raise ValueError(
-                f"{self.path} holds {len(run.decisions)} decisions from step {run.start.step} on, "
-                f"and cannot go on with step {decision.step}; write to a new file"
+                f"{self.path} holds {len(known.run.decisions)} decisions from step "
+                f"{known.run.start.step} on, and cannot go on with step {decision.step}; write to "
+                "a new file"
             )
-        state = run.start
-        for known in run.decisions[:before]:
-            state, _ = decide(self._configuration, state, known.observation)
-        after = self._follow(state, decision)
-        tail = content[ends[before] :]
+        state, end = known.states[before], known.ends[before]
+        self._follow(state, decision)
+        self._file.seek(end)
+        tail = self._file.readall()
         if tail:
             with open(f"{self.path}.dropped", "ab", buffering=0) as dropped:
                 _append(dropped, tail if tail.endswith(b"\n") else tail + b"\n")
-        self._end = self._file.truncate(ends[before])
-        self._end = _append(self._file, line)
-        self._state = after
+        self._end = self._file.truncate(end)
+        self._state, self._known = state, None
 
     def close(self) -> None:
         """Close the file; closing twice does nothing."""
@@ -220,7 +219,7 @@ def read_run(path: str | os.PathLike[str]) -> Run:
         []
     """
     path = Path(os.fsdecode(path))
-    return _parse(path, path.read_bytes())[0]
+    return _parse(path, path.read_bytes()).run
 
 
 def _line(record: dict[str, Any]) -> bytes:
@@ -240,37 +239,43 @@ def _append(file: FileIO, line: bytes) -> int:
     return end + len(line)
 
 
-def _parse(path: Path, content: bytes) -> tuple[Run, list[int]]:
-    """Return the run, and the offset in bytes at which each of its lines ends, header first."""
+class _Lines(NamedTuple):
+    """What a log holds, with the state and the offset in bytes at which each line ends."""
+
+    run: Run
+    states: list[State]
+    """Header first."""
+    ends: list[int]
+    """Header first."""
+
+
+def _parse(path: Path, content: bytes) -> _Lines:
     lines = content.split(b"\n")
     cut_off = lines.pop() != b""
     if not lines:
         raise ValueError(f"{path} is no run log: it has no whole line")
     configuration, start = _read_header(path, lines[0])
-    state = start
-    decisions: list[Decision] = []
-    measurements = []
-    ends = [len(lines[0]) + 1]
+    known = _Lines(Run(configuration, start, [], [], cut_off), [start], [len(lines[0]) + 1])
     for number, line in enumerate(lines[1:], start=2):
         try:
             decision, numbers = _read_record(_load(line))
-            state, again = decide(configuration, state, decision.observation)
+            state, again = decide(configuration, known.states[-1], decision.observation)
             if again != decision:
                 raise ValueError(f"expected {again}, got {decision}")
         except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
             raise ValueError(f"{path}, line {number}, is not what was decided: {error}") from error
-        decisions.append(decision)
-        measurements.append(numbers)
-        ends.append(ends[-1] + len(line) + 1)
-    return Run(configuration, start, decisions, measurements, cut_off), ends
+        known.run.decisions.append(decision)
+        known.run.measurements.append(numbers)
+        known.states.append(state)
+        known.ends.append(known.ends[-1] + len(line) + 1)
+    return known
 
 
-def _starts_anew(path: Path) -> bool:
-    """Return whether a file holds nothing but the beginning of a header, if that."""
-    content = path.read_bytes()
+def _is_begun_header(content: bytes) -> bool:
+    """Return whether a file holds nothing but the beginning of a header."""
     opening = json.dumps({"format": _FORMAT})[:-1].encode()
     begun = len(content) >= 8 and content[: len(opening)] == opening[: len(content)]
-    return not content or (begun and b"\n" not in content)
+    return begun and b"\n" not in content
 
 
 def _load(line: bytes) -> Any:
@@ -293,13 +298,7 @@ def _read_header(path: Path, line: bytes) -> tuple[Configuration, State]:
         header = _load(line)
     except ValueError as error:
         raise ValueError(f"{path} is no run log: its first line is no JSON") from error
-    if not isinstance(header, dict) or header.get("format") != _FORMAT:
-        raise ValueError(f"{path} is no run log: its first line is {line[:80]!r}")
-    if type(header.get("version")) is not int or header["version"] != _VERSION:
-        raise ValueError(
-            f"{path} is a run log of version {header.get('version')!r}, expected {_VERSION}; read "
-            "it with the release of cabs that wrote it"
-        )
+    check_mark(header, path, "run log", _FORMAT, _VERSION)
     try:
         return read_state(header.get("start"))
     except ValueError as error:

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from cabs.formats import check_mark
 from cabs.scalars import as_bool, as_integer
 
 _FORMAT = "cabs.batch_sampler"
@@ -184,23 +185,17 @@ class BatchSampler:
             ValueError: If it is no such state, is of another version, or belongs to another
                 sequence of batches; the message says how. Nothing has changed then.
         """
-        if not isinstance(state_dict, dict) or state_dict.get("format") != _FORMAT:
-            raise ValueError(f"this is no state of a batch sampler: {str(state_dict)[:80]}")
-        if type(state_dict.get("version")) is not int or state_dict["version"] != _VERSION:
-            raise ValueError(
-                f"this state has version {state_dict.get('version')!r}, expected {_VERSION}; load "
-                "it with the release of cabs that wrote it"
-            )
+        check_mark(state_dict, "this", "state of a batch sampler", _FORMAT, _VERSION)
         if set(state_dict) != set(self.state_dict()):
             raise ValueError(f"this state is not whole: it holds {sorted(state_dict)}")
         different = [
-            f"{name} = {state_dict.get(name)!r} there and {value!r} here"
+            f"{name} = {state_dict[name]!r} there and {value!r} here"
             for name, value in self._identity().items()
-            if type(state_dict.get(name)) is not type(value) or state_dict[name] != value
+            if type(state_dict[name]) is not type(value) or state_dict[name] != value
         ]
         if different:
             raise ValueError(f"this state belongs to other batches: {', '.join(different)}")
-        epoch, position = state_dict.get("epoch"), state_dict.get("position")
+        epoch, position = state_dict["epoch"], state_dict["position"]
         if type(epoch) is not int or type(position) is not int or epoch < 0:
             raise ValueError(f"this state is damaged: epoch = {epoch!r}, position = {position!r}")
         if not 0 <= position <= self.examples:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -22,6 +21,8 @@ from cabs_torch.layout import (
     Layout,
     MixedError,
     Node,
+    Shape,
+    along_examples,
     is_measurable,
     name_of,
     of_input,
@@ -52,13 +53,13 @@ class Walk:
         self.joins: list[Join] = []
         # By the parameter, since one parameter can have several nodes.
         self.leaves: dict[int, Node] = {}
-        self._layouts: dict[tuple[Node, int], Layout] = {}
+        layouts: dict[tuple[Node, int], Layout] = {}
         # A stack of its own, since graphs can be deeper than Python's.
         start: Node = losses.grad_fn
         waiting = [(start, losses.output_nr, Layout(tuple(losses.shape), 1, len(losses)))]
         while waiting:
             node, output, layout = waiting.pop()
-            known = self._layouts.setdefault((node, output), layout)
+            known = layouts.setdefault((node, output), layout)
             if known is not layout:
                 if known != layout:
                     raise _refused(node, "has its examples in two different orders")
@@ -95,7 +96,8 @@ class Walk:
             raise _refused(source, "is broadcast over the examples, as a batch's mean would be")
         if name_of(node) not in ADDING:
             raise _refused(node, "is no addition, and there is no other rule for one")
-        self._shift(node, layout, index, 1.0 if index == 0 else float(node._saved_alpha))
+        factor = 1.0 if index == 0 else float(node._saved_alpha)
+        self._shift(node, layout, index, shape_of(*node.next_functions[index]), factor)
 
     def _matrix(self, node: Node, layout: Layout, index: int) -> Layout | None:
         """Join y = x W, or y = b + x W, with the examples in the rows of x."""
@@ -111,7 +113,7 @@ class Walk:
         if index < left:
             if len(shape) == 2 and shape[0] != 1:
                 raise MixedError("adds a value for every row")
-            self._shift(node, layout, index, 1.0)
+            self._shift(node, layout, index, shape)
             return None
         _check_saved(node, saved)
 
@@ -125,12 +127,11 @@ class Walk:
 
     def _convolution(self, node: Node, layout: Layout, index: int) -> Layout | None:
         if layout.axis()[0] != 0:
-            raise MixedError("runs along the axis that holds the examples")
+            raise along_examples()
         if index == 0:
             return layout.moved(shape_of(*node.next_functions[0]), 0)
         if index == 2:
-            channels = (layout.shape[1], *(1 for _ in layout.shape[2:]))
-            self._join(node, 2, partial(norms.shift, layout=layout, shape=channels))
+            self._shift(node, layout, 2, (layout.shape[1], *(1 for _ in layout.shape[2:])))
             return None
         if node._saved_transposed:
             raise MixedError("is transposed")
@@ -152,11 +153,13 @@ class Walk:
         self._join(node, 1, sum_of_squares)
         return None
 
-    def _shift(self, node: Node, layout: Layout, index: int, scale: float) -> None:
-        shape = shape_of(*node.next_functions[index])
+    def _shift(
+        self, node: Node, layout: Layout, index: int, shape: Shape, factor: float = 1.0
+    ) -> None:
+        """Join what is broadcast as a tensor of ``shape`` would be, times a factor, and added."""
 
         def sum_of_squares(cotangent: Tensor) -> Tensor:
-            return norms.shift(cotangent, layout, shape) * scale**2
+            return norms.shift(cotangent, layout, shape) * factor**2
 
         self._join(node, index, sum_of_squares)
 

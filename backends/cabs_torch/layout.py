@@ -117,10 +117,10 @@ def _reshape(node: Node, layout: Layout, shape: Shape) -> Layout:  # noqa: ARG00
 
 def _permute(node: Node, layout: Layout, shape: Shape) -> Layout:
     axis, _ = layout.axis()
-    return layout.moved(shape, permutation(node, len(shape))[axis])
+    return layout.moved(shape, _permutation(node, len(shape))[axis])
 
 
-def permutation(node: Node, rank: int) -> list[int]:
+def _permutation(node: Node, rank: int) -> list[int]:
     """Return which axis of its input each axis of a transposing node's output is."""
     order = list(range(rank))
     name = name_of(node)
@@ -136,7 +136,7 @@ def permutation(node: Node, rank: int) -> list[int]:
 def _within(node: Node, layout: Layout, shape: Shape) -> Layout:
     axis, _ = layout.axis()
     if axis in _saved_axes(node, len(shape)):
-        raise _along_examples()
+        raise along_examples()
     return layout.moved(shape, axis)
 
 
@@ -152,7 +152,7 @@ def _stack(node: Node, layout: Layout, shape: Shape) -> Layout:
     axis, _ = layout.axis()
     (added,) = _saved_axes(node, len(layout.shape))
     if axis == added:
-        raise _along_examples()
+        raise along_examples()
     return layout.moved(shape, axis - (axis > added))
 
 
@@ -162,7 +162,7 @@ def _spatial(rank: int) -> Callable[[Node, Layout, Shape], Layout]:
     def find(node: Node, layout: Layout, shape: Shape) -> Layout:  # noqa: ARG001
         axis, _ = layout.axis()
         if axis >= len(shape) - rank:
-            raise _along_examples()
+            raise along_examples()
         return layout.moved(shape, axis)
 
     return find
@@ -175,11 +175,12 @@ def _padded(node: Node, layout: Layout, shape: Shape) -> Layout:
 def _class_loss(node: Node, layout: Layout, shape: Shape) -> Layout:
     # From (m, classes, ...) to (m, ...), one target each.
     if layout.axis()[0] != 0 or node._saved_reduction != 0:
-        raise _along_examples()
+        raise along_examples()
     return layout.moved(shape, 0)
 
 
-def _along_examples() -> MixedError:
+def along_examples() -> MixedError:
+    """Return the error for an operation that runs along the examples' axis."""
     return MixedError("runs along the axis that holds the examples")
 
 

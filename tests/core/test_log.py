@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,19 @@ pytestmark = pytest.mark.filterwarnings("ignore:the batch size is 1:RuntimeWarni
 @pytest.fixture
 def path(tmp_path):
     return tmp_path / "run.jsonl"
+
+
+@contextmanager
+def full_disk(size):
+    """Let no file grow beyond a size, as on a disk that is full."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    previous = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, previous)
 
 
 def write(path, controller, steps, mode="x"):
@@ -175,16 +189,10 @@ def test_a_line_that_could_not_be_written_is_taken_back(path):
     with RunLog(path, controller) as log:
         log.write(controller.update(learning_rate=0.1, variance_trace=9.0, loss=1.0))
         decision = controller.update(learning_rate=0.1, variance_trace=9.0, loss=1.0)
-        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-        previous = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        try:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 50, limits[1]))
+        with full_disk(path.stat().st_size + 50):
             for _ in range(2):
                 with pytest.raises(OSError, match=r"only 50 of \d+ bytes"):
                     log.write(decision)
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-            signal.signal(signal.SIGXFSZ, previous)
         log.write(decision)
     assert read_run(path).decisions[1] == decision
 
@@ -266,15 +274,8 @@ def test_a_measurement_that_is_no_number_changes_nothing(path):
 
 
 def test_on_a_full_disk_no_empty_log_is_left(path):
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    previous = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (20, limits[1]))
-        with pytest.raises(OSError, match="only 20 of"):
-            RunLog(path, Controller(16))
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        signal.signal(signal.SIGXFSZ, previous)
+    with full_disk(20), pytest.raises(OSError, match="only 20 of"):
+        RunLog(path, Controller(16))
     assert not path.exists()
 
 
