@@ -1,48 +1,82 @@
 """The backward pass, with the gradient statistics of its batch.
 
 Guarantees: the gradients are those of ``losses.mean().backward()`` to the bit; the statistics are
-exact up to rounding, or an error is raised before anything was computed; nothing waits for a
-device. Assumes that no hook on the way changes a gradient, and that one thread at a time trains
-the model.
+exact up to rounding, or an error is raised before any gradient was written; on a GPU nothing waits
+for the device, except to try out an operation without a rule. Assumes that no hook on the way
+changes a gradient, and that one thread at a time trains the model.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from cabs import GradientStatistics
-from cabs_torch.graph import Walk
-from cabs_torch.layout import Node
-from cabs_torch.norms import square
+from cabs_torch import norms
+from cabs_torch.errors import describe
+from cabs_torch.graph import Policy, Walk
+from cabs_torch.measure import Measurement, Sums, total
+from cabs_torch.nodes import Node
+from cabs_torch.statistics import BatchStatistics
+
+# Groups of examples for parameters that no rule covers.
+_GROUPS = 4
 
 
-def backward(losses: Tensor) -> GradientStatistics:
+def backward(
+    losses: Tensor,
+    *,
+    groups: Any = None,
+    sample: int | None = None,
+    chunk: int | None = None,
+    uncovered: Policy = "error",
+    batch_size: int | None = None,
+    scaler: Any = None,
+) -> BatchStatistics:
     r"""Do ``losses.mean().backward()`` and return the statistics of the batch's gradient.
 
     The squared norm of each example's gradient follows from the inputs and the output cotangents
     of the operations in which parameters meet the batch (Goodfellow, "Efficient per-example
     gradient computations", arXiv 1510.01799, for matrices); the autograd graph tells which these
-    are. Covered are matrices with any number of leading axes, convolutions, and biases.
+    are. An example's gradient is that of its own loss, :math:`g_i = \nabla \ell_i`.
 
     Args:
-        losses: One loss an example, shape (m,), floating point, with a graph. The examples may
-            lie along any axis inside the model, as long as no operation mixes them.
+        losses: One loss an example, shape (m,) with m at least 2, floating point, with a graph.
+            The examples may lie along any axis inside the model, as long as no operation mixes
+            them. Several losses of a model are added first.
+        groups: Parameter groups, for one trace a group: an optimizer, or an iterable of iterables
+            of parameters, as many as the controller has learning rates. Then the sums are tensors
+            of shape (groups,). Parameters in none of them are left out.
+        sample: Over how many examples norms are taken, the first ones, at least 1; all by default.
+            The batch must be shuffled. The estimate stays unbiased, its cost shrinks by
+            ``sample / m``, and it varies more; it can be negative.
+        chunk: How many examples to take at a time, which bounds the memory; by default as many as
+            2 MiB of temporaries allow.
+        uncovered: What to do about parameters whose norms cannot be had exactly. ``"error"``
+            raises; ``"groups"`` estimates their share of the variance from four groups of the
+            batch, with a backward pass for each; ``"ignore"`` leaves them out, with a warning and
+            their share in the result's ``measured``.
+        batch_size: Where ``losses`` are a microbatch, how many examples the whole batch has. The
+            gradients are then those of ``losses.sum() / batch_size``, so that those of all
+            microbatches add up to the batch's; add the statistics' ``partial``, and complete the
+            sum with :func:`cabs_torch.mean_square`.
+        scaler: A ``torch.amp.GradScaler``, which scales the loss before the backward pass. The
+            statistics are those of the loss before, also if ``losses`` overflow then (not finite,
+            at which a controller holds).
 
     Returns:
-        :class:`cabs.GradientStatistics` with groups of one example, over all parameters that the
-        losses depend on. Its sums are 0-d float64 tensors on the device of ``losses``. One example
-        shows no variance: for a batch of one nothing is measured, and both sums are ``nan``.
+        :class:`cabs_torch.BatchStatistics`, with groups of one example, over all parameters that
+        the losses depend on. Its sums are float64 tensors on the device of ``losses``, in squared
+        units of the gradient, 0-d unless ``groups`` is given.
 
     Raises:
         TypeError: If ``losses`` is no tensor, or not of a real floating-point type.
-        ValueError: If it has another shape, is empty, or carries no graph, or one that a backward
-            pass has used already.
+        ValueError: If it has another shape, a single example, or no graph, or one that a backward
+            pass has used already; if an option is not as described.
         UncoveredParameterError: If a parameter's norms cannot be had exactly; the message names
             the parameter and the operation. Nothing has been computed then.
 
@@ -57,46 +91,141 @@ def backward(losses: Tensor) -> GradientStatistics:
         2.0
     """
     _check(losses)
-    examples, device = len(losses), losses.device
-    if examples == 1:
-        losses.mean().backward()  # type: ignore[no-untyped-call]
-        nothing = torch.full((), math.nan, dtype=torch.float64, device=device)
-        return GradientStatistics(1, 1, nothing, nothing)
-    walk = Walk(losses)
-    group_squares: list[Tensor] = []
-    mean_squares: list[Tensor] = []
+    examples = len(losses)
+    measured_examples = _at_least(sample, "sample", 1, examples)
+    _at_least(chunk, "chunk", 1, None)
+    _at_least(batch_size, "batch_size", examples, None)
+    if uncovered not in ("error", "groups", "ignore"):
+        raise ValueError(
+            f"uncovered must be 'error', 'groups' or 'ignore', got uncovered = {uncovered!r}"
+        )
+    numbers = None if groups is None else _numbers(groups)
+    walk = Walk(losses, strict=uncovered == "error")
+    if numbers is not None:
+        walk.keep(numbers)
+    measured = walk.measured
+    if walk.refused and uncovered == "ignore":
+        names = ", ".join(describe(leaf.variable) for leaf in walk.refused.values())
+        warnings.warn(
+            f"the statistics leave out {1.0 - measured:.1%} of the parameters: {names}",
+            stacklevel=2,
+        )
+    estimated = _by_groups(losses, walk) if uncovered == "groups" else ({}, {})
+    share = []
     with ExitStack() as hooks:
+        start = losses.grad_fn
+        assert start is not None
+        see = start.register_prehook(lambda given: share.append(given[losses.output_nr][0]))
+        hooks.callback(see.remove)
+        measurement = hooks.enter_context(Measurement(walk, measured_examples, chunk))
+        loss = losses.mean() if batch_size is None else losses.sum() / batch_size
+        loss = loss if scaler is None else scaler.scale(loss)
+        loss.backward()
 
-        def watch(node: Node, rule: Callable[[Tensor], Tensor], sums: list[Tensor]) -> None:
-            def see(cotangents: Sequence[Tensor | None]) -> None:
-                # None stands for a cotangent of zeros.
-                if cotangents[0] is not None:
-                    with torch.autocast(cotangents[0].device.type, enabled=False):
-                        sums.append(rule(cotangents[0]).to(device))
+    # What flows back is an example's gradient times 1/m, as the type of the losses and the scaler
+    # have it: in half precision not quite 1/m.
+    factor = share[0].double()
+    count = len(set(numbers.values())) if numbers else 1
 
-            hooks.callback(node.register_prehook(see).remove)
+    def summed(sums: Sums) -> Tensor:
+        return total(sums, numbers or {}, count, losses.device)
 
-        for join in walk.joins:
-            watch(join.node, join.sum_of_squares, group_squares)
-        for leaf in walk.leaves.values():
-            watch(leaf, square, mean_squares)
-        losses.mean().backward()  # type: ignore[no-untyped-call]
-
-    # What flows back is an example's share of the mean, its gradient times 1/m as the type of the
-    # losses has it: in half precision not quite 1/m.
-    share = float(torch.ones((), dtype=losses.dtype) / examples)
-    return GradientStatistics(
-        examples,
-        examples,
-        group_square_sum=_total(group_squares, device) / share**2,
-        mean_square=_total(mean_squares, device) / (share * examples) ** 2,
-    )
+    squares = summed(measurement.squares) * (examples / measured_examples) / factor**2
+    means = summed(measurement.means) / (factor * examples) ** 2
+    squares, means = squares + summed(estimated[0]), means + summed(estimated[1])
+    if numbers is None:
+        squares, means = squares.squeeze(0), means.squeeze(0)
+    return BatchStatistics(examples, examples, squares, means, measured)
 
 
-def _total(sums: list[Tensor], device: torch.device) -> Tensor:
-    if not sums:
-        return torch.zeros((), dtype=torch.float64, device=device)
-    return torch.stack(sums).sum()
+def mean_square(parameters: Iterable[Tensor] | Any) -> Tensor:
+    r"""Return :math:`|g|^2` of the gradients that parameters hold, in float64.
+
+    For microbatches, once the gradients of all have been added up:
+    ``sum(parts).complete(mean_square=cabs_torch.mean_square(model.parameters()))``.
+
+    Args:
+        parameters: An iterable of parameters, for a 0-d tensor, or an optimizer, for one of shape
+            (groups,).
+
+    Raises:
+        ValueError: If there is no gradient.
+
+    Example:
+        >>> import torch, cabs_torch
+        >>> weight = torch.nn.Parameter(torch.zeros(2))
+        >>> weight.grad = torch.tensor([3.0, 4.0])
+        >>> float(cabs_torch.mean_square([weight]))
+        25.0
+    """
+    if isinstance(parameters, torch.optim.Optimizer):
+        return torch.stack([mean_square(group["params"]) for group in parameters.param_groups])
+    given = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    if not given:
+        raise ValueError("parameters must hold gradients, got none; call backward first")
+    device = given[0].device
+    return torch.stack([norms.square_of_gradient(gradient).to(device) for gradient in given]).sum()
+
+
+def _by_groups(losses: Tensor, walk: Walk) -> tuple[Sums, Sums]:
+    """Estimate what no rule covers from groups of examples, with a backward pass for each.
+
+    Returns what makes the formula for groups of one give the estimate from larger groups.
+    """
+    leaves = list(walk.refused.values())
+    if not leaves:
+        return {}, {}
+    examples = len(losses)
+    parts = losses.tensor_split(min(_GROUPS, examples))
+    between: dict[Node, list[Tensor]] = {leaf: [] for leaf in leaves}
+    whole: dict[Node, Tensor] = {}
+    for part in parts:
+        gradients = torch.autograd.grad(
+            part.mean(), [leaf.variable for leaf in leaves], retain_graph=True
+        )
+        for leaf, gradient in zip(leaves, gradients, strict=True):
+            dense = gradient.to_dense() if gradient.is_sparse else gradient
+            between[leaf].append(norms.square(dense) * len(part))
+            share = norms.at_least_single(dense) * (len(part) / examples)
+            whole[leaf] = whole[leaf] + share if leaf in whole else share
+    squares: Sums = {}
+    means: Sums = {}
+    for leaf in leaves:
+        mean = norms.square(whole[leaf])
+        trace = (torch.stack(between[leaf]).sum() - examples * mean) / (len(parts) - 1)
+        squares[leaf] = [trace * (examples - 1) + examples * mean]
+        means[leaf] = [mean]
+    return squares, means
+
+
+def _numbers(groups: Any) -> Mapping[int, int]:
+    """Return the number of each parameter's group, by the parameter's id."""
+    if isinstance(groups, torch.optim.Optimizer):
+        groups = [group["params"] for group in groups.param_groups]
+    numbers: dict[int, int] = {}
+    for number, parameters in enumerate(groups):
+        if isinstance(parameters, Tensor):
+            raise TypeError(
+                "groups must be an optimizer or an iterable of iterables of parameters, got an "
+                "iterable of tensors; wrap it in a list for a single group"
+            )
+        for parameter in parameters:
+            if numbers.setdefault(id(parameter), number) != number:
+                raise ValueError(f"groups must not overlap: {describe(parameter)} is in two")
+    if not numbers:
+        raise ValueError("groups must hold parameters, got none")
+    return numbers
+
+
+def _at_least(value: int | None, name: str, least: int, most: int | None) -> int:
+    """Return an option, or the most if it is not given; errors say what is allowed."""
+    if value is None:
+        return most or 0
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an integer, got {name} = {value!r}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {name} = {value}")
+    return value if most is None else min(value, most)
 
 
 def _check(losses: Any) -> None:
@@ -110,8 +239,18 @@ def _check(losses: Any) -> None:
             f"losses must have shape (m,), one loss an example, got shape {tuple(losses.shape)}; "
             "compute the loss with reduction='none' and average over all axes but the batch's"
         )
+    if losses.is_inference():
+        raise ValueError(
+            "losses must carry a graph to the parameters, got a tensor of torch.inference_mode(); "
+            "compute them outside of it"
+        )
     if losses.grad_fn is None or not torch.is_grad_enabled():
         raise ValueError(
             "losses must carry a graph to the parameters, and gradients must be enabled; were the "
             "losses detached, or is torch.no_grad() in force?"
+        )
+    if len(losses) == 1:
+        raise ValueError(
+            "losses must be those of at least two examples, since one shows no variance; call "
+            "losses.mean().backward() and keep the batch size, or leave out the last batch"
         )

@@ -18,22 +18,22 @@ class UncoveredParameterError(RuntimeError):
     Example:
         >>> import torch, cabs_torch
         >>> scale = torch.ones(3, requires_grad=True)
-        >>> cabs_torch.backward((torch.eye(3) * scale).sum(dim=1))
+        >>> cabs_torch.backward((torch.eye(3) * scale).softmax(dim=0).sum(dim=1))
         Traceback (most recent call last):
         ...
         cabs_torch.errors.UncoveredParameterError: a parameter of shape (3,) lies behind
-        MulBackward0, which is no addition, and there is no other rule for one; matrices,
-        convolutions and added parameters are covered. Estimate the variance from groups of
-        examples instead, with cabs.PartialStatistics, or freeze what cannot be measured
+        SoftmaxBackward0, which runs along the axis that holds the examples. Estimate the variance
+        from groups of examples instead, with cabs_torch.Accumulation, or with uncovered='groups'
+        for such parameters alone; or freeze what cannot be measured
     """
 
 
 def uncovered(parameter: torch.Tensor, problem: str) -> UncoveredParameterError:
     """Return the error for a parameter and what is the matter with it."""
     return UncoveredParameterError(
-        f"{describe(parameter)} {problem}; matrices, convolutions and added parameters are "
-        "covered. Estimate the variance from groups of examples instead, with "
-        "cabs.PartialStatistics, or freeze what cannot be measured"
+        f"{describe(parameter)} {problem}. Estimate the variance from groups of examples instead, "
+        "with cabs_torch.Accumulation, or with uncovered='groups' for such parameters alone; or "
+        "freeze what cannot be measured"
     )
 
 

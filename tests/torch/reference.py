@@ -13,7 +13,8 @@ def gradients_one_by_one(model, loss_fn, inputs, targets):
     parameters = [parameter for parameter in double.parameters() if parameter.requires_grad]
     rows = []
     for index in range(len(targets)):
-        one = loss_fn(double(inputs[index : index + 1].double()), targets[index : index + 1])
+        one = inputs[index : index + 1]
+        one = loss_fn(double(one.double() if one.is_floating_point() else one), targets[[index]])
         gradients = torch.autograd.grad(one.squeeze(0), parameters, allow_unused=True)
         rows.append(
             torch.cat(
@@ -30,7 +31,7 @@ def gradients_one_by_one(model, loss_fn, inputs, targets):
 
 def assert_exact(model, loss_fn, inputs, targets):
     """Assert that statistics equal the loop's, and gradients those of plain backward to the bit."""
-    rtol = 1e-10 if inputs.dtype == torch.float64 else 1e-5
+    rtol = 1e-10 if next(model.parameters()).dtype == torch.float64 else 1e-5
     plain = copy.deepcopy(model)
     loss_fn(plain(inputs), targets).mean().backward()
     statistics = cabs_torch.backward(loss_fn(model(inputs), targets))

@@ -6,7 +6,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 import cabs_torch
 from cabs_torch import UncoveredParameterError
@@ -48,12 +47,6 @@ def hooked():
     return parameter
 
 
-def watched(module):
-    """Give a module a hook that sees, and could change, the gradients that pass it."""
-    module.register_full_backward_hook(lambda *_: None)
-    return module
-
-
 def nothing():
     """Return a matrix without columns."""
     with warnings.catch_warnings():
@@ -66,10 +59,6 @@ def model(forward, **modules):
     return Model(forward, **modules)
 
 
-def twice(m, x):
-    return m.matrix(m.matrix(x))
-
-
 REFUSED = {
     "batch normalization in training mode": (
         model(lambda m, x: m.norm(m.matrix(x)), norm=nn.BatchNorm1d(4)),
@@ -79,25 +68,9 @@ REFUSED = {
         model(lambda m, x: m.norm(m.matrix(x)), norm=nn.BatchNorm1d(4, affine=False)),
         "'matrix.bias' of Model, shape (4,), lies behind NativeBatchNormBackward0",
     ),
-    "layer normalization": (
-        model(lambda m, x: m.norm(m.matrix(x)), norm=nn.LayerNorm(4)),
-        "'norm.weight' of Model, shape (4,), lies behind NativeLayerNormBackward0",
-    ),
-    "a scale": (
-        model(lambda m, x: m.matrix(x) * m.scale, scale=nn.Parameter(torch.ones(4))),
-        "'scale' of Model, shape (4,), lies behind MulBackward0, which is no addition",
-    ),
-    "a module called twice": (
-        model(twice),
-        "'matrix.bias' of Model, shape (4,), is used more than once, here by AddmmBackward0",
-    ),
-    "tied weights": (
-        model(lambda m, x: F.linear(m.matrix(x), m.matrix.weight)),
-        "'matrix.weight' of Model, shape (4, 4), is used more than once",
-    ),
     "a mean over the batch": (
         model(lambda m, x: m.matrix(x) - m.matrix(x).mean(dim=0)),
-        "lies behind MeanBackward1, which is broadcast over the examples",
+        "lies behind AddmmBackward0, which is broadcast over the examples",
     ),
     "a softmax over the batch": (
         model(lambda m, x: m.matrix(x).softmax(dim=0)),
@@ -105,31 +78,11 @@ REFUSED = {
     ),
     "similarities within the batch": (
         model(lambda m, x: m.matrix(x) @ m.matrix(x).T),
-        "lies behind AddmmBackward0, which comes between it and MmBackward0",
+        "lies behind AddmmBackward0, which is broadcast over the examples",
     ),
     "attention over the batch": (
         model(lambda m, x: torch.ones(len(x), len(x)) @ m.matrix(x)),
-        "lies behind AddmmBackward0, which comes between it and MmBackward0",
-    ),
-    "a matrix on the left": (
-        model(lambda m, x: (m.left @ x.T).T + m.matrix(x), left=nn.Parameter(torch.ones(4, 4))),
-        "'left' of Model, shape (4, 4), lies behind MmBackward0, which has the examples in its col",
-    ),
-    "a weight that is computed": (
-        model(lambda m, x: F.linear(x, m.weight * 2.0), weight=nn.Parameter(torch.ones(4, 4))),
-        "'weight' of Model, shape (4, 4), lies behind MulBackward0, which comes between it and Mm",
-    ),
-    "an embedding": (
-        model(lambda m, x: m.matrix(m.table(x[:, 0].abs().long())), table=nn.Embedding(9, 4)),
-        "'table.weight' of Model, shape (9, 4), lies behind EmbeddingBackward0",
-    ),
-    "a transposed convolution": (
-        model(lambda m, x: m.up(m.matrix(x)[:, None]), up=nn.ConvTranspose1d(1, 2, 3)),
-        "'up.weight' of Model, shape (1, 2, 3), lies behind ConvolutionBackward0, which is transp",
-    ),
-    "a penalty on the weights": (
-        model(lambda m, x: m.matrix(x) + m.matrix.weight.square().sum()),
-        "'matrix.weight' of Model, shape (4, 4), lies behind SumBackward0, which is broadcast",
+        "lies behind AddmmBackward0, which is broadcast over the examples",
     ),
     "a value for every example": (
         model(lambda m, x: m.matrix(x) + m.table, table=nn.Parameter(torch.ones(5, 4))),
@@ -137,15 +90,11 @@ REFUSED = {
     ),
     "an unknown function": (
         model(lambda m, x: Couple.apply(m.matrix(x))),
-        "lies behind CoupleBackward, which is an operation without a rule",
+        "CoupleBackward, which has no rule; tried out with single examples, they are mixed in",
     ),
     "a function with the name of a known one": (
         model(lambda m, x: Relu.apply(m.matrix(x))),
-        "lies behind ReluBackward, which is an operation without a rule",
-    ),
-    "a module with a backward hook": (
-        model(lambda m, x: m.after(m.matrix(x)), after=watched(nn.Linear(4, 4))),
-        "lies behind BackwardHookFunctionBackward, which is an operation without a rule",
+        "ReluBackward, which has no rule; tried out with single examples, they are mixed in",
     ),
     "a parameter with a hook": (
         model(lambda m, x: m.matrix(x) + m.shift, shift=hooked()),
@@ -157,11 +106,7 @@ REFUSED = {
             rows=nn.Parameter(torch.ones(5, 4)),
             w=nn.Parameter(torch.ones(4, 4)),
         ),
-        "'rows' of Model, shape (5, 4), lies behind AddmmBackward0, which adds a value for every",
-    ),
-    "a slope that is learned": (
-        model(lambda m, x: m.slope(m.matrix(x)), slope=nn.PReLU(4)),
-        "'slope.weight' of Model, shape (4,), lies behind PreluKernelBackward0",
+        "'rows' of Model, shape (5, 4), holds a value for every example of the batch",
     ),
     "complex numbers": (
         model(lambda m, x: (m.matrix(x) * 1j).abs()),
@@ -185,26 +130,9 @@ REFUSED = {
         model(lambda m, x: torch.addmm(m.matrix.bias, x.to_sparse(), m.matrix.weight.t())),
         "lies behind AddmmBackward0, which has a sparse input",
     ),
-    "activation checkpointing": (
-        model(lambda m, x: checkpoint(lambda h: m.matrix(h).tanh(), x, use_reentrant=False)),
-        "lies behind AddmmBackward0, which has its input packed by a hook, as checkpointing does",
-    ),
-    "reentrant activation checkpointing": (
-        model(
-            lambda m, x: m.after(
-                checkpoint(lambda h: m.matrix(h).tanh(), x.requires_grad_(), use_reentrant=True)
-            ),
-            after=nn.Linear(4, 4),
-        ),
-        "lies behind CheckpointFunctionBackward, which is an operation without a rule",
-    ),
     "a mean over the batch that was expanded": (
         model(lambda m, x: m.matrix(x).mean(dim=0).expand(5, 4)),
-        "lies behind MeanBackward1, which is broadcast over the examples",
-    ),
-    "a part of a parameter": (
-        model(lambda m, x: m.matrix(x) + m.places[:1], places=nn.Parameter(torch.ones(9, 4))),
-        "'places' of Model, shape (9, 4), lies behind SliceBackward0, which is broadcast",
+        "lies behind AddmmBackward0, which is broadcast over the examples",
     ),
     "a stack of examples": (
         model(lambda m, x: torch.stack([m.matrix(one) for one in x])),
@@ -214,27 +142,12 @@ REFUSED = {
         model(lambda m, x: torch.cat(m.matrix(x).split([2, 3])[::-1])),
         "lies behind CatBackward0, which runs along the axis that holds the examples",
     ),
-    "a product of terms that are scaled": (
-        model(
-            lambda m, x: torch.addmm(m.bias, x, m.w, alpha=2.0),
-            bias=nn.Parameter(torch.ones(4)),
-            w=nn.Parameter(torch.ones(4, 4)),
-        ),
-        "lies behind AddmmBackward0, which scales its terms",
-    ),
     "examples in two orders": (
         model(
             lambda m, x: (lambda h: (h + h.T)[:, :1])(F.linear(x, m.square)),
             square=nn.Parameter(torch.ones(5, 4)),
         ),
-        "without a rule|two different orders|columns",
-    ),
-    "a recurrent network": (
-        model(
-            lambda m, x: m.cell(m.matrix(x)[:, None])[0].flatten(1),
-            cell=nn.LSTM(4, 3, batch_first=True),
-        ),
-        "lies behind",
+        "holds a value for every example|two different orders",
     ),
     "examples that were flipped": (
         model(lambda m, x: m.matrix(x).flip(0)),
@@ -256,7 +169,7 @@ def test_it_is_refused(case):
     with pytest.raises(UncoveredParameterError) as refused:
         cabs_torch.backward(losses)
     assert any(part in str(refused.value) for part in message.split("|")), str(refused.value)
-    assert "cabs.PartialStatistics" in str(refused.value)
+    assert "cabs_torch.Accumulation" in str(refused.value)
     # Nothing has happened: no gradient, no hook, and the graph still stands.
     assert all(parameter.grad is None for parameter in network.parameters())
     losses.mean().backward()
@@ -265,7 +178,7 @@ def test_it_is_refused(case):
 def test_a_parameter_without_a_module_is_named_by_its_shape():
     scale = torch.ones(3, requires_grad=True)
     with pytest.raises(UncoveredParameterError, match=r"^a parameter of shape \(3,\) lies behind"):
-        cabs_torch.backward((torch.randn(2, 3) * scale).sum(dim=1))
+        cabs_torch.backward((torch.randn(2, 3) * scale).softmax(dim=0).sum(dim=1))
 
 
 @pytest.mark.parametrize(
@@ -282,6 +195,7 @@ def test_a_parameter_without_a_module_is_named_by_its_shape():
         (lambda p: p[:0] * 2.0, ValueError, r"got shape \(0,\)"),
         (lambda p: (p * 2.0).detach(), ValueError, "must carry a graph"),
         (lambda p: p, ValueError, "must carry a graph"),
+        (lambda p: p[:1] * 2.0, ValueError, "at least two examples, since one shows no variance"),
     ],
 )
 def test_what_is_no_batch_of_losses_is_refused(losses, error, message):
@@ -308,7 +222,7 @@ def test_a_half_built_module_elsewhere_does_not_spoil_the_message():
             self.kept = None
 
     broken = Broken()
-    network = model(lambda m, x: m.norm(m.matrix(x)), norm=nn.LayerNorm(4))
+    network = model(lambda m, x: m.norm(m.matrix(x)), norm=nn.BatchNorm1d(4))
     with pytest.raises(UncoveredParameterError, match=r"'norm\.weight' of Model"):
         cabs_torch.backward(network(torch.randn(5, 4)).sum(1))
     assert broken.kept is None

@@ -137,22 +137,6 @@ def test_a_tensor_that_requires_gradients_can_be_handed_to_the_controller_as_it_
     assert not decision.held
 
 
-def test_of_one_example_nothing_is_measured_and_the_gradient_is_the_plain_one():
-    torch.manual_seed(0)
-    layer, inputs = nn.Linear(3, 2), torch.randn(1, 3)
-    layer(inputs).square().sum(dim=1).mean().backward()
-    plain = layer.weight.grad.clone()
-    layer.zero_grad()
-    statistics = cabs_torch.backward(layer(inputs).square().sum(dim=1))
-    assert torch.equal(layer.weight.grad, plain)
-    assert statistics.group_square_sum.isnan()
-    assert statistics.mean_square.isnan()
-    decision = Controller(16).update(
-        learning_rate=0.1, variance_trace=statistics.variance_trace, loss=1.0
-    )
-    assert decision.held
-
-
 @pytest.mark.parametrize("offset", [0.0, 100.0, 1000.0])
 def test_cotangents_that_cancel_within_an_example_lose_no_more_than_a_loop_does(offset):
     torch.manual_seed(1)

@@ -1,0 +1,255 @@
+"""Where the examples lie in an operation's input, given where they lie in its output.
+
+Guarantees: derived from what the operation does, never guessed from shapes; an operation that mixes
+examples is said to do so, and one that is not known here is said to be unknown.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from cabs_torch.layout import Layout, MixedError, Shape
+from cabs_torch.nodes import Node, axes, name_of, saved_axes, shape_of
+
+
+class UnknownError(Exception):
+    """An operation without a rule, which has to be tried out."""
+
+
+def of_input(node: Node, layout: Layout, index: int, shape: Shape) -> Layout | None:
+    """Return the layout of a node's ``index``-th input, of a shape, given that of its output.
+
+    None if that input is broadcast over the examples, so that it is no example's own.
+
+    Raises:
+        MixedError: If the operation mixes examples.
+        UnknownError: If the operation has no rule.
+    """
+    if name_of(node) in ("CudnnRnn", "MkldnnRnnLayer"):
+        return _recurrent(node, layout, index, shape)
+    find = _RULES.get(name_of(node))
+    if find is None:
+        raise UnknownError
+    return find(node, layout, shape)
+
+
+def along_examples() -> MixedError:
+    """Return the error for an operation that runs along the examples' axis."""
+    return MixedError("runs along the axis that holds the examples")
+
+
+def permutation(node: Node, rank: int) -> list[int]:
+    """Return which axis of its input each axis of a transposing node's output is."""
+    order = list(range(rank))
+    name = name_of(node)
+    if name == "Permute":
+        return axes(node._saved_dims, rank)
+    if name == "T":
+        return order[::-1]
+    one, two = axes([node._saved_dim0, node._saved_dim1], rank)
+    order[one], order[two] = order[two], order[one]
+    return order
+
+
+def leading(node: Node, layout: Layout, shape: Shape) -> Layout:  # noqa: ARG001
+    """Find the examples in the first axis of the output, and so of the input."""
+    if layout.axis()[0] != 0:
+        raise along_examples()
+    return layout.moved(shape, 0)
+
+
+def broadcast(node: Node, layout: Layout, shape: Shape) -> Layout | None:  # noqa: ARG001
+    """Find the examples in an input that is broadcast to the output, or None if it has none."""
+    axis, _ = layout.axis()
+    aligned = axis - (len(layout.shape) - len(shape))
+    if aligned < 0 or shape[aligned] != layout.shape[axis]:
+        return None
+    return layout.moved(shape, aligned)
+
+
+def _repeat(node: Node, layout: Layout, shape: Shape) -> Layout | None:
+    axis, inside = layout.axis()
+    aligned = axis - (len(layout.shape) - len(shape))
+    times = node._saved_repeats[axis]
+    if times == 1:
+        return layout.moved(shape, aligned)
+    if inside > 1 or times % layout.examples:
+        raise MixedError("repeats the axis that holds the examples")
+    return None
+
+
+def _reshape(node: Node, layout: Layout, shape: Shape) -> Layout:  # noqa: ARG001
+    return layout._replace(shape=shape)
+
+
+def _permute(node: Node, layout: Layout, shape: Shape) -> Layout:
+    axis, _ = layout.axis()
+    return layout.moved(shape, permutation(node, len(shape))[axis])
+
+
+def _within(node: Node, layout: Layout, shape: Shape) -> Layout:
+    axis, _ = layout.axis()
+    if axis in saved_axes(node, len(shape)):
+        raise along_examples()
+    return layout.moved(shape, axis)
+
+
+def _index(node: Node, layout: Layout, shape: Shape) -> Layout:
+    # Where the examples' own axis is indexed the values of the indices decide, and are looked at.
+    axis, _ = layout.axis()
+    indices = node._saved_indices
+    if axis < next(place for place, index in enumerate(indices) if index is not None):
+        return layout.moved(shape, axis)
+    if axis == 0 and indices[0] is not None and layout.shape[0] == shape[0] == layout.examples:
+        # Something was taken from each example.
+        rows = indices[0].reshape(len(indices[0]), -1)
+        if bool((rows == torch.arange(layout.examples, device=rows.device)[:, None]).all()):
+            return layout.moved(shape, 0)
+    raise UnknownError
+
+
+def _reduce(node: Node, layout: Layout, shape: Shape) -> Layout:
+    axis, _ = layout.axis()
+    if len(layout.shape) < len(shape):
+        reduced = saved_axes(node, len(shape))
+        axis = [position for position in range(len(shape)) if position not in reduced][axis]
+    return layout.moved(shape, axis)
+
+
+def _stack(node: Node, layout: Layout, shape: Shape) -> Layout:
+    axis, _ = layout.axis()
+    (added,) = saved_axes(node, len(layout.shape))
+    if axis == added:
+        raise along_examples()
+    return layout.moved(shape, axis - (axis > added))
+
+
+def _windows(node: Node, layout: Layout, shape: Shape) -> Layout:
+    # The windows along an axis, whose elements get an axis of their own at the end.
+    axis, _ = layout.axis()
+    if axis in (len(shape), *axes([node._saved_dimension], len(shape))):
+        raise along_examples()
+    return layout.moved(shape, axis)
+
+
+def _spatial(rank: int) -> Callable[[Node, Layout, Shape], Layout]:
+    """Return the rule of operations that mix the last ``rank`` axes only."""
+
+    def find(node: Node, layout: Layout, shape: Shape) -> Layout:  # noqa: ARG001
+        axis, _ = layout.axis()
+        if axis >= len(shape) - rank:
+            raise along_examples()
+        return layout.moved(shape, axis)
+
+    return find
+
+
+def _padded(node: Node, layout: Layout, shape: Shape) -> Layout:
+    return _spatial(len(node._saved_pad) // 2)(node, layout, shape)
+
+
+def _class_loss(node: Node, layout: Layout, shape: Shape) -> Layout:
+    # From (m, classes, ...) to (m, ...), one target each.
+    if node._saved_reduction != 0:
+        raise along_examples()
+    return leading(node, layout, shape)
+
+
+def _attention(node: Node, layout: Layout, shape: Shape) -> Layout | None:
+    # (..., heads, positions, width), with examples in one of the leading axes. A bias of the
+    # scores is broadcast over them.
+    axis, _ = layout.axis()
+    if axis >= len(layout.shape) - 2:
+        raise along_examples()
+    return broadcast(node, layout, shape)
+
+
+def _blocks(node: Node, layout: Layout, shape: Shape) -> Layout:
+    # y (E, p, r) = a (E, p, q) b (E, q, r) with matrices of each example's own.
+    return leading(node, layout, shape)
+
+
+def _recurrent(node: Node, layout: Layout, index: int, shape: Shape) -> Layout | None:
+    # A sequence, weights, and two states. Sequences have three axes, and the batch first if cuDNN
+    # was asked for that; states, (layers, batch, width) or (batch, width), have it next to last.
+    states = len(node.next_functions) - 2
+    if 0 < index < states:
+        return None
+    sequence = shape_of((node, 0))
+    first = 0 if name_of(node) == "CudnnRnn" and node._saved_batch_first else 1
+    axis, _ = layout.axis()
+    if axis != (first if layout.shape == sequence else len(layout.shape) - 2):
+        raise along_examples()
+    return layout.moved(shape, len(shape) - 2 if index >= states else first)
+
+
+_ELEMENTWISE = """
+    Abs Acos Add Addcdiv Addcmul Asin Atan Atan2 BinaryCrossEntropy BinaryCrossEntropyWithLogits
+    Celu Clamp ClampMax ClampMin Clone Cos Cosh Div Elu Erf Erfc Exp Exp2 Expand Expm1 Fmod Gelu
+    Hardshrink Hardsigmoid Hardswish Hardtanh HuberLoss Hypot LeakyRelu Lerp Log Log10 Log1P Log2
+    LogSigmoid Logaddexp Logit MaskedFill Maximum Minimum Mish MseLoss Mul NanToNum NativeDropout
+    Neg Pow PreluKernel Reciprocal Relu Remainder RreluWithNoise Rsqrt Rsub Selu Sigmoid Sign Silu
+    Sin Sinc Sinh SmoothL1Loss SoftMarginLoss Softplus Softshrink Sqrt Sub Tan Tanh Threshold
+    ToCopy Where Xlogy
+""".split()
+RESHAPING = frozenset("Alias ReshapeAlias Squeeze UnsafeView Unsqueeze View".split())
+"""Operations that keep the row-major order of the elements."""
+KEEPING = frozenset({*RESHAPING, "Clone", "ToCopy"})
+"""The same, and copies."""
+PERMUTING = frozenset("Permute T Transpose".split())
+"""Operations that reorder the axes."""
+_ALONG = """
+    Cat Cummax Cummin Cumprod Cumsum Flip Gather Glu IndexSelect LogSoftmax Logcumsumexp Roll
+    SafeSoftmax Scatter Slice Softmax Sort Split SplitWithSizes Topk UnsafeSplit
+    UnsafeSplitWithSizes
+""".split()
+_REDUCING = """
+    Amax Amin Kthvalue LinalgVectorNorm Logsumexp Max Mean Median Min Prod Select Std Sum Unbind
+    Var
+""".split()
+_LINEAR = "AdaptiveMaxPool1D MaxPool1D UpsampleLinear1D UpsampleNearest1D".split()
+_PLANAR = """
+    AdaptiveAvgPool2D AdaptiveMaxPool2D AvgPool2D MaxPool2DWithIndices Tril Triu UpsampleBicubic2D
+    UpsampleBilinear2D UpsampleNearest2D UpsampleNearestExact2D
+""".split()
+_CUBIC = """
+    AdaptiveAvgPool3D AdaptiveMaxPool3D AvgPool3D MaxPool3DWithIndices UpsampleNearest3D
+    UpsampleTrilinear3D
+""".split()
+_ATTENTION = """
+    ScaledDotProductCudnnAttention ScaledDotProductEfficientAttention ScaledDotProductFlashAttention
+    ScaledDotProductFlashAttentionForCpu ScaledDotProductFusedAttentionOverrideable
+""".split()
+
+_Rule = Callable[[Any, Layout, Shape], Layout | None]
+_RULES: dict[str, _Rule] = {
+    **dict.fromkeys(_ELEMENTWISE, broadcast),
+    **dict.fromkeys(RESHAPING, _reshape),
+    **dict.fromkeys(PERMUTING, _permute),
+    **dict.fromkeys(_ALONG, _within),
+    **dict.fromkeys(_REDUCING, _reduce),
+    **dict.fromkeys(_LINEAR, _spatial(1)),
+    **dict.fromkeys(_PLANAR, _spatial(2)),
+    **dict.fromkeys(_CUBIC, _spatial(3)),
+    **dict.fromkeys(_ATTENTION, _attention),
+    **{f"ReflectionPad{rank}D": _spatial(rank) for rank in (1, 2, 3)},
+    **{f"ReplicationPad{rank}D": _spatial(rank) for rank in (1, 2, 3)},
+    **dict.fromkeys(("NllLoss", "NllLoss2D"), _class_loss),
+    **dict.fromkeys(("Col2Im", "GridSampler2D", "GridSampler3D", "Im2Col"), leading),
+    "Bmm": _blocks,
+    "ConstantPadNd": _padded,
+    "Index": _index,
+    "PixelShuffle": _spatial(3),
+    "PixelUnshuffle": _spatial(3),
+    "Repeat": _repeat,
+    "Stack": _stack,
+    "Unfold": _windows,
+}
+
+ELEMENTWISE = frozenset(_ELEMENTWISE)
+"""Operations whose output at a place depends on the inputs at that place, after broadcasting."""
+MIXING = frozenset({*_ALONG, *_REDUCING})
+"""Operations that run along some of the axes."""

@@ -1,0 +1,147 @@
+"""What is measured while the gradients flow back.
+
+Guarantees: gradients pass through as they are; every sum is taken where its parts are at hand, and
+nothing is kept longer than the last use of its parameter.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Self
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge
+
+from cabs_torch import norms
+from cabs_torch.graph import Meeting, Walk
+from cabs_torch.nodes import Edge, Node, is_leaf, shape_of
+from cabs_torch.terms import Formed, Use, form, total_square_sum
+
+Sums = dict[Node, list[Tensor]]
+"""Sums of squares by the parameter that they belong to."""
+
+
+class Measurement:
+    """The sums over one backward pass; entering it watches the graph, leaving it ends that.
+
+    Args:
+        walk: Where parameters meet the batch.
+        examples: Over how many of the batch's examples norms are taken, the first ones.
+        chunk: How many examples to take at a time, by size if None.
+    """
+
+    def __init__(self, walk: Walk, examples: int, chunk: int | None) -> None:
+        self.squares: Sums = defaultdict(list)
+        """Over examples, of the norms of their shares of a gradient."""
+        self.means: Sums = defaultdict(list)
+        """Of the gradient itself."""
+        self._examples = examples
+        self._chunk = chunk
+        self._leaves = list(walk.leaves.values())
+        self._meetings: dict[Node, list[Meeting]] = defaultdict(list)
+        for meeting in walk.meetings:
+            self._meetings[meeting.node].append(meeting)
+        roots = {meeting.source.root: meeting.source for meeting in walk.meetings}
+        self._roots = {
+            root: [leaf for leaf in source.leaves if leaf in set(self._leaves)]
+            for root, source in roots.items()
+            if not is_leaf(root[0])
+        }
+        self._sources = Counter(leaf for source in roots.values() for leaf in source.leaves)
+        self._uses: dict[Edge, list[Use]] = defaultdict(list)
+        self._hooks = ExitStack()
+        self._is_pushing = False
+
+    def __enter__(self) -> Self:
+        with ExitStack() as hooks:
+            for node, meetings in self._meetings.items():
+                self._watch(hooks, node, partial(self._see, meetings))
+            for root, leaves in self._roots.items():
+                self._watch(hooks, root[0], partial(self._push, root, leaves))
+            for leaf in self._leaves:
+                self._watch(hooks, leaf, partial(self._settle, leaf))
+            self._hooks = hooks.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._hooks.close()
+
+    def _watch(
+        self, hooks: ExitStack, node: Node, see: Callable[[Sequence[Tensor | None]], None]
+    ) -> None:
+        def hook(cotangents: Sequence[Tensor | None]) -> None:
+            if not self._is_pushing:
+                with _exact(cotangents):
+                    see(cotangents)
+
+        hooks.callback(node.register_prehook(hook).remove)
+
+    def _see(self, meetings: Sequence[Meeting], cotangents: Sequence[Tensor | None]) -> None:
+        """Note what an operation contributes."""
+        for meeting in meetings:
+            term = meeting.join.term(cotangents, self._examples)
+            if term is not None:
+                self._uses[meeting.source.root].append(Use(term, meeting.source.path))
+
+    def _push(self, root: Edge, leaves: Sequence[Node], _: Sequence[Tensor | None]) -> None:
+        """Push each example's gradient through what was computed from parameters alone."""
+        uses = self._uses.pop(root, [])
+        pushed: dict[Node, list[Tensor]] = defaultdict(list)
+        dtype = root[0]._input_metadata[root[1]].dtype
+        self._is_pushing = True
+        try:
+            for part in norms.parts(self._examples, math.prod(shape_of(root)), self._chunk):
+                for row in form(uses, part).to(dtype) if uses else ():
+                    gradients: Sequence[Tensor | None] = torch.autograd.grad(
+                        GradientEdge(*root),
+                        [GradientEdge(leaf, 0) for leaf in leaves],
+                        row,
+                        retain_graph=True,
+                        allow_unused=True,
+                    )
+                    for leaf, gradient in zip(leaves, gradients, strict=True):
+                        if gradient is not None and self._sources[leaf] == 1:
+                            self.squares[leaf].append(norms.square(gradient))
+                        elif gradient is not None:
+                            pushed[leaf].append(gradient)
+        finally:
+            self._is_pushing = False
+        for leaf, rows in pushed.items():
+            self._uses[leaf, 0].append(Use(Formed(torch.stack(rows)), ()))
+
+    def _settle(self, leaf: Node, gradients: Sequence[Tensor | None]) -> None:
+        """Sum what is known of a parameter, whose gradient is complete."""
+        (gradient,) = gradients
+        uses = self._uses.pop((leaf, 0), [])
+        if uses:
+            self.squares[leaf].append(total_square_sum(uses, self._chunk))
+        if gradient is not None:
+            self.means[leaf].append(norms.square_of_gradient(gradient))
+
+
+@contextmanager
+def _exact(tensors: Sequence[Tensor | None]) -> Iterator[None]:
+    """Compute in the precision of the operands, whatever autocast and TF32 say."""
+    kinds = {tensor.device.type for tensor in tensors if tensor is not None}
+    precision = torch.get_float32_matmul_precision()
+    with ExitStack() as stack:
+        for kind in kinds:
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        if precision != "highest":
+            torch.set_float32_matmul_precision("highest")
+            stack.callback(torch.set_float32_matmul_precision, precision)
+        yield
+
+
+def total(sums: Sums, groups: Mapping[int, int], count: int, device: torch.device) -> Tensor:
+    """Return the sums by parameter group, shape (count,)."""
+    parts: list[list[Tensor]] = [[norms.zero(device)] for _ in range(count)]
+    for leaf, values in sums.items():
+        parts[groups.get(id(leaf.variable), 0)].extend(value.to(device) for value in values)
+    return torch.stack([torch.stack(values).sum() for values in parts])

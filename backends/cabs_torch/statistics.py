@@ -1,0 +1,63 @@
+"""What a backward pass tells about its batch.
+
+Guarantees: what was not measured is said; reading the numbers waits for their own copy alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cabs import GradientStatistics
+
+
+@dataclass(frozen=True, slots=True)
+class BatchStatistics(GradientStatistics):
+    """Gradient statistics whose sums are tensors, on the device that computed them.
+
+    On a GPU their copy to the host is started at once, so that :meth:`read`, a step later, finds
+    it there.
+
+    Args:
+        measured: Which share of the parameters' elements the sums are over; 1 unless some were
+            left out with ``uncovered="ignore"``.
+
+    Example:
+        >>> import torch, cabs_torch
+        >>> layer = torch.nn.Linear(2, 1)
+        >>> statistics = cabs_torch.backward(layer(torch.eye(2)).squeeze(1))
+        >>> statistics.measured, round(statistics.read().variance_trace, 6)
+        (1.0, 1.0)
+    """
+
+    measured: float = 1.0
+    _copy: Any = field(init=False, repr=False, compare=False, default=None)
+
+    def __post_init__(self) -> None:
+        # super() does not know the class that slots=True makes.
+        GradientStatistics.__post_init__(self)
+        sums = torch.stack([self.group_square_sum, self.mean_square])
+        event = None
+        if sums.is_cuda:
+            host = torch.empty(sums.shape, dtype=sums.dtype, pin_memory=True)
+            host.copy_(sums, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+            sums = host
+        object.__setattr__(self, "_copy", (sums, event))
+
+    def read(self) -> GradientStatistics:
+        """Return the same statistics as Python numbers, or as NumPy arrays of one a group.
+
+        On a GPU this waits for the copy that was started with the statistics, and for nothing that
+        was queued after it.
+        """
+        sums: Tensor
+        sums, event = self._copy
+        if event is not None:
+            event.synchronize()
+        group_square_sum, mean_square = sums.tolist() if sums.dim() == 1 else sums.numpy()
+        return GradientStatistics(self.examples, self.groups, group_square_sum, mean_square)
