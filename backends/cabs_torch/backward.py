@@ -19,6 +19,7 @@ from torch import Tensor
 from cabs_torch import norms
 from cabs_torch.errors import describe
 from cabs_torch.graph import Policy, Walk
+from cabs_torch.layout import Layout
 from cabs_torch.measure import Measurement, Sums, total
 from cabs_torch.nodes import Node
 from cabs_torch.statistics import BatchStatistics
@@ -100,7 +101,8 @@ def backward(
             f"uncovered must be 'error', 'groups' or 'ignore', got uncovered = {uncovered!r}"
         )
     numbers = None if groups is None else _numbers(groups)
-    walk = Walk(losses, strict=uncovered == "error")
+    start = Layout((examples,), 1, examples)
+    walk = Walk([(losses, start)], strict=uncovered == "error")
     if numbers is not None:
         walk.keep(numbers)
     measured = walk.measured
@@ -113,9 +115,9 @@ def backward(
     estimated = _by_groups(losses, walk) if uncovered == "groups" else ({}, {})
     share = []
     with ExitStack() as hooks:
-        start = losses.grad_fn
-        assert start is not None
-        see = start.register_prehook(lambda given: share.append(given[losses.output_nr][0]))
+        last = losses.grad_fn
+        assert last is not None
+        see = last.register_prehook(lambda given: share.append(given[losses.output_nr][0]))
         hooks.callback(see.remove)
         measurement = hooks.enter_context(Measurement(walk, measured_examples, chunk))
         loss = losses.mean() if batch_size is None else losses.sum() / batch_size

@@ -6,8 +6,8 @@ names the parameter and the operation; nothing is changed, and no gradient is co
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Container, Iterator
+from collections import Counter, deque
+from collections.abc import Container, Iterator, Sequence
 from typing import Literal, NamedTuple
 
 from torch import Tensor
@@ -15,10 +15,14 @@ from torch import Tensor
 from cabs_torch.carriers import ELEMENTWISE, UnknownError
 from cabs_torch.errors import UncoveredParameterError, uncovered
 from cabs_torch.joins import Join, enter
-from cabs_torch.layout import Layout, MixedError
+from cabs_torch.layout import HiddenError, Layout, MixedError
 from cabs_torch.nodes import Edge, Node, is_leaf, is_measurable, name_of, shape_of
+from cabs_torch.segments import is_segment, run_again
 from cabs_torch.shared import Source, source_of
 from cabs_torch.trial import Calls, positions
+
+Outputs = dict[int, Layout]
+"""By the number of a node's output, where the examples lie in it."""
 
 Policy = Literal["error", "groups", "ignore"]
 """What to do about parameters that no rule covers."""
@@ -33,29 +37,43 @@ class Meeting(NamedTuple):
 
 
 class Walk:
-    """One walk from the losses to the parameters.
+    """One walk from the losses, or from some outputs, to the parameters.
 
     Args:
-        losses: One loss an example, shape (m,) with m at least 2, with a graph.
+        starts: Tensors with a graph, and where the examples lie in each.
         strict: Whether to raise at the first parameter that is not covered.
+        inputs: Tensors without a graph that are no parameters, but stand for what lies behind.
 
     Raises:
         UncoveredParameterError: If the squared norms of a parameter cannot be had exactly.
     """
 
-    def __init__(self, losses: Tensor, *, strict: bool = True) -> None:
+    def __init__(
+        self,
+        starts: Sequence[tuple[Tensor, Layout]],
+        *,
+        strict: bool = True,
+        inputs: Sequence[Tensor] = (),
+    ) -> None:
         self.meetings: list[Meeting] = []
         self.leaves: dict[int, Node] = {}
         """By the parameter's id, the nodes of those that are covered."""
         self.refused: dict[int, Node] = {}
         """The nodes of those that are not."""
+        self.segments: dict[Node, Outputs] = {}
+        """The reentrant checkpoints, with the layouts of their outputs."""
+        self.arrived: dict[int, Layout] = {}
+        """By the id, where the examples lie in the inputs."""
+        self.hidden: dict[int, Node] = {}
+        """By the id, the parameters that are met inside of them."""
         self._strict = strict
-        self._outputs: dict[Node, dict[int, Layout]] = {}
+        self._inputs = {id(tensor) for tensor in inputs}
+        self._hidden: dict[Edge, tuple[list[Layout | None], Walk]] = {}
+        self._outputs: dict[Node, Outputs] = {}
         self._met: set[tuple[Node, int]] = set()
         self._calls: dict[Node, Calls] = {}
         # A stack of its own, since graphs can be deeper than Python's.
-        start = Layout(tuple(losses.shape), 1, len(losses))
-        self._waiting = [(losses.grad_fn, losses.output_nr, start)]
+        self._waiting = [(tensor.grad_fn, tensor.output_nr, layout) for tensor, layout in starts]
         while self._waiting:
             self._visit(*self._waiting.pop())
         self._close()
@@ -67,11 +85,16 @@ class Walk:
                 self._step(node, output, layout)
             except MixedError as problem:
                 self._refuse(node, str(problem))
+            except HiddenError as problem:
+                raise _error(node, next(_leaves_behind(node)), str(problem)) from None
         elif known != layout:
             self._refuse(node, "has its examples in two different orders")
 
     def _step(self, node: Node, output: int, layout: Layout) -> None:
         if is_leaf(node):
+            if id(node.variable) in self._inputs:
+                self.arrived[id(node.variable)] = layout
+                return
             raise MixedError("holds a value for every example of the batch")
         if not is_measurable((node, output)):
             raise MixedError("computes complex numbers, or none at all")
@@ -88,6 +111,8 @@ class Walk:
         try:
             found = enter(node, layout, index, shape_of(edge))
         except UnknownError:
+            if is_segment(node):
+                return self._look_inside(node, output, layout, index)
             if not _is_parameter(edge):
                 return positions(node, output, layout, index)
             found = None
@@ -101,6 +126,16 @@ class Walk:
             self._meet(node, edge, found)
         return None
 
+    def _look_inside(self, node: Node, output: int, layout: Layout, index: int) -> Layout | None:
+        """Return the layout of a checkpoint's input, from the graph that it will make."""
+        outputs = self.segments.setdefault(node, {})
+        if output not in outputs:
+            outputs[output] = layout
+            inputs, given = run_again(node)
+            walk = Walk([(given[output], layout)], strict=self._strict, inputs=inputs)
+            self._hidden[node, output] = ([walk.arrived.get(id(one)) for one in inputs], walk)
+        return self._hidden[node, output][0][index]
+
     def _meet(self, node: Node, edge: Edge, join: Join) -> None:
         try:
             source = source_of(edge)
@@ -111,6 +146,8 @@ class Walk:
         for leaf in source.leaves:
             if not is_measurable(edge) or not is_measurable((leaf, 0)):
                 self._refuse(leaf, f"holds complex numbers, or none, in {node.name()}")
+            elif id(leaf.variable) in self._inputs:
+                self._refuse(leaf, "is given to a checkpoint, the same for all examples")
             elif leaf.variable._backward_hooks:
                 self._refuse(leaf, "has a hook, which can change its gradient")
             elif self.leaves.setdefault(id(leaf.variable), leaf) is not leaf:
@@ -124,7 +161,19 @@ class Walk:
             for node in inside:
                 if node in self._outputs and not is_leaf(node):
                     self._refuse(node, "is an example's own in one place, and shared in another")
+        # A checkpoint runs a backward pass of its own, which does not see other uses.
+        behind: dict[Node, dict[int, Node]] = {}
+        for (node, _), (_, walk) in self._hidden.items():
+            behind.setdefault(node, {}).update({**walk.leaves, **walk.hidden})
+            self.refused.update(walk.refused)
+        uses = Counter(key for leaves in (self.leaves, *behind.values()) for key in leaves)
+        for leaves in behind.values():
+            for key, leaf in leaves.items():
+                if uses[key] > 1:
+                    self._refuse(leaf, "is used inside of a reentrant checkpoint and elsewhere")
+                self.hidden[key] = leaf
         self.leaves = {key: leaf for key, leaf in self.leaves.items() if key not in self.refused}
+        self.hidden = {key: leaf for key, leaf in self.hidden.items() if key not in self.refused}
         self._drop()
 
     @property
@@ -132,13 +181,14 @@ class Walk:
         """Which share of the parameters' elements is covered."""
         covered, missing = (
             sum(int(leaf.variable.numel()) for leaf in leaves.values())
-            for leaves in (self.leaves, self.refused)
+            for leaves in ({**self.leaves, **self.hidden}, self.refused)
         )
         return covered / max(covered + missing, 1)
 
     def keep(self, wanted: Container[int]) -> None:
         """Forget all parameters but some, given by their ids."""
         self.leaves = {key: leaf for key, leaf in self.leaves.items() if key in wanted}
+        self.hidden = {key: leaf for key, leaf in self.hidden.items() if key in wanted}
         self.refused = {key: leaf for key, leaf in self.refused.items() if key in wanted}
         self._drop()
 
@@ -153,7 +203,8 @@ class Walk:
             UncoveredParameterError: If the walk is strict.
         """
         for leaf in _leaves_behind(node):
-            if self._strict:
+            # What a checkpoint hides cannot be left out, or be had from groups.
+            if self._strict or is_segment(leaf):
                 raise _error(node, leaf, problem)
             self.refused[id(leaf.variable)] = leaf
 
@@ -173,11 +224,11 @@ def _error(node: Node, leaf: Node, problem: str) -> UncoveredParameterError:
 
 
 def _leaves_behind(node: Node) -> Iterator[Node]:
-    """Yield the parameters that a node depends on, the nearest first."""
+    """Yield the parameters, and checkpoints, that a node depends on, the nearest first."""
     seen, waiting = {node}, deque([node])
     while waiting:
         node = waiting.popleft()
-        if is_leaf(node):
+        if is_leaf(node) or is_segment(node):
             yield node
         for child, _ in node.next_functions:
             if child is not None and child not in seen:

@@ -30,6 +30,10 @@ class MixedError(Exception):
         self.node = node
 
 
+class HiddenError(Exception):
+    """An operation that can hide parameters from the graph; says how."""
+
+
 class Layout(NamedTuple):
     """A tensor's shape, and how many blocks of m examples, at least two, lie one after another."""
 

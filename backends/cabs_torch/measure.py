@@ -11,15 +11,16 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from cabs_torch import norms
-from cabs_torch.graph import Meeting, Walk
+from cabs_torch.graph import Meeting, Outputs, Walk
 from cabs_torch.nodes import Edge, Node, is_leaf, shape_of
+from cabs_torch.segments import watched
 from cabs_torch.terms import Formed, Use, form, total_square_sum
 
 Sums = dict[Node, list[Tensor]]
@@ -42,6 +43,8 @@ class Measurement:
         """Of the gradient itself."""
         self._examples = examples
         self._chunk = chunk
+        self._segments = walk.segments
+        self._hidden = walk.hidden.keys()
         self._leaves = list(walk.leaves.values())
         self._meetings: dict[Node, list[Meeting]] = defaultdict(list)
         for meeting in walk.meetings:
@@ -65,11 +68,22 @@ class Measurement:
                 self._watch(hooks, root[0], partial(self._push, root, leaves))
             for leaf in self._leaves:
                 self._watch(hooks, leaf, partial(self._settle, leaf))
+            for node, outputs in self._segments.items():
+                hooks.enter_context(watched(node, partial(self._look_inside, outputs)))
             self._hooks = hooks.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._hooks.close()
+
+    def _look_inside(self, layouts: Outputs, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
+        """Measure the backward pass that a checkpoint is about to run."""
+        starts = [(outputs[number], layout) for number, layout in layouts.items()]
+        tensors = [one for one in inputs if isinstance(one, Tensor)]
+        walk = Walk(starts, strict=False, inputs=tensors)
+        walk.keep(self._hidden)
+        inside = self._hooks.enter_context(Measurement(walk, self._examples, self._chunk))
+        inside.squares, inside.means = self.squares, self.means
 
     def _watch(
         self, hooks: ExitStack, node: Node, see: Callable[[Sequence[Tensor | None]], None]

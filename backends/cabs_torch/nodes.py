@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import _Holder
 
-from cabs_torch.layout import MixedError, Shape
+from cabs_torch.layout import HiddenError, MixedError, Shape
 
 Node: TypeAlias = Any
 """A node of the autograd graph; what else it has depends on its operation."""
@@ -89,8 +89,11 @@ def saved(node: Node, name: str) -> Tensor:
 def call(node: Node, cotangents: Sequence[Tensor | None]) -> list[Tensor | None]:
     """Return what a node gives its inputs for cotangents of its outputs, one for each edge."""
     with _kept(_packed(node)), torch.no_grad():
-        run = node.apply if is_own_function(node) else node
-        results = run(*cotangents)
+        if is_own_function(node):
+            with _no_backward_inside():
+                results = node.apply(*cotangents)
+        else:
+            results = node(*cotangents)
     given = list(results) if isinstance(results, tuple) else [results]
     if is_own_function(node):
         # One for each argument of the forward pass, tensor or not; edges are those of tensors.
@@ -124,6 +127,20 @@ def check_saved(node: Node, *names: str) -> None:
 def is_packed(node: Node) -> bool:
     """Return whether a hook packs what a node saved, as checkpointing does."""
     return any(packed.unpack_hook is not None for packed in _packed(node))
+
+
+@contextmanager
+def _no_backward_inside() -> Iterator[None]:
+    """Let a function that runs a backward pass of its own raise before it has written gradients."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise HiddenError("runs a backward pass of its own, which can hide parameters")
+
+    run, torch.autograd.backward = torch.autograd.backward, refuse
+    try:
+        yield
+    finally:
+        torch.autograd.backward = run
 
 
 class _Kept(dict[int, Any]):

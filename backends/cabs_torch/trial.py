@@ -27,8 +27,10 @@ def positions(node: Node, output: int, layout: Layout, index: int) -> Layout | N
     Raises:
         MixedError: If examples are mixed, or it cannot be told where they lie.
     """
-    if node.name() in _ONCE or is_packed(node):
-        raise MixedError("has no rule, and cannot be tried out")
+    if is_packed(node):
+        raise MixedError("has no rule, and cannot be tried out inside of a checkpoint")
+    if node.name() == "CompiledFunctionBackward":
+        raise MixedError("is a compiled function; compile it with cabs_torch.compile")
     described = node._input_metadata[output]
     pattern = torch.arange(math.prod(layout.shape), device=described.device).cos() + 1.5
     pattern = pattern.to(described.dtype).reshape(layout.shape)
@@ -46,10 +48,6 @@ def positions(node: Node, output: int, layout: Layout, index: int) -> Layout | N
         problem = "they could lie in several ways in" if found else "they are mixed in"
         raise MixedError(f"has no rule; tried out with single examples, {problem} its input")
     return Layout(shape_of(node.next_functions[index]), found.pop(), layout.examples)
-
-
-# Functions that run a backward pass of their own, or overwrite what they saved.
-_ONCE = frozenset({"CheckpointFunctionBackward", "CompiledFunctionBackward"})
 
 
 def _outers(gradient: Tensor, examples: int, example: int) -> set[int]:
