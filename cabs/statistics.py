@@ -13,7 +13,7 @@ from numbers import Real
 from typing import NoReturn
 
 from cabs.rules import noise_scale_rule
-from cabs.scalars import Scalar, as_integer
+from cabs.scalars import Scalar, as_floats, as_integer
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +116,8 @@ class GradientStatistics:
         group_square_sum: :math:`\sum_k m_k |g_k|^2`.
         mean_square: :math:`|g|^2`.
 
-    The last two may be 0-d tensors; estimates then are too, except :attr:`noise_scale`.
+    The last two may be 0-d tensors, or hold one value for each parameter group; estimates then do
+    too, except :attr:`noise_scale`, which is that of all parameters together.
 
     Raises:
         ValueError: If there is no example, or there are more groups than examples.
@@ -173,9 +174,9 @@ class GradientStatistics:
         ``inf`` where the gradient square is not positive: the noise hides the gradient. Over many
         steps, divide the averages rather than average the quotients.
         """
-        return noise_scale_rule(
-            variance_trace=self.variance_trace, gradient_square=self.gradient_square
-        )
+        traces = as_floats(self.variance_trace, "variance_trace")
+        squares = as_floats(self.gradient_square, "gradient_square")
+        return noise_scale_rule(variance_trace=sum(traces), gradient_square=sum(squares))
 
     def __add__(self, other: object) -> NoReturn:
         raise TypeError(

@@ -3,8 +3,19 @@
 Guarantees: measures and decides nothing; the gradients are those of a plain backward pass.
 """
 
-from cabs_torch.backward import backward, mean_square
+from cabs_torch.accumulation import Accumulation
+from cabs_torch.backward import backward
 from cabs_torch.errors import UncoveredParameterError
-from cabs_torch.statistics import BatchStatistics
+from cabs_torch.statistics import BatchStatistics, mean_square
+from cabs_torch.verification import Checked, Verification, verify
 
-__all__ = ["BatchStatistics", "UncoveredParameterError", "backward", "mean_square"]
+__all__ = [
+    "Accumulation",
+    "BatchStatistics",
+    "Checked",
+    "UncoveredParameterError",
+    "Verification",
+    "backward",
+    "mean_square",
+    "verify",
+]

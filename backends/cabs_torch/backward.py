@@ -9,7 +9,6 @@ changes a gradient, and that one thread at a time trains the model.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from typing import Any
 
@@ -22,6 +21,7 @@ from cabs_torch.graph import Policy, Walk
 from cabs_torch.layout import Layout
 from cabs_torch.measure import Measurement, Sums, total
 from cabs_torch.nodes import Node
+from cabs_torch.options import at_least, group_numbers
 from cabs_torch.statistics import BatchStatistics
 
 # Groups of examples for parameters that no rule covers.
@@ -93,14 +93,14 @@ def backward(
     """
     _check(losses)
     examples = len(losses)
-    measured_examples = _at_least(sample, "sample", 1, examples)
-    _at_least(chunk, "chunk", 1, None)
-    _at_least(batch_size, "batch_size", examples, None)
+    measured_examples = at_least(sample, "sample", 1, examples)
+    at_least(chunk, "chunk", 1, None)
+    at_least(batch_size, "batch_size", examples, None)
     if uncovered not in ("error", "groups", "ignore"):
         raise ValueError(
             f"uncovered must be 'error', 'groups' or 'ignore', got uncovered = {uncovered!r}"
         )
-    numbers = None if groups is None else _numbers(groups)
+    numbers = None if groups is None else group_numbers(groups)
     start = Layout((examples,), 1, examples)
     walk = Walk([(losses, start)], strict=uncovered == "error")
     if numbers is not None:
@@ -140,35 +140,6 @@ def backward(
     return BatchStatistics(examples, examples, squares, means, measured)
 
 
-def mean_square(parameters: Iterable[Tensor] | Any) -> Tensor:
-    r"""Return :math:`|g|^2` of the gradients that parameters hold, in float64.
-
-    For microbatches, once the gradients of all have been added up:
-    ``sum(parts).complete(mean_square=cabs_torch.mean_square(model.parameters()))``.
-
-    Args:
-        parameters: An iterable of parameters, for a 0-d tensor, or an optimizer, for one of shape
-            (groups,).
-
-    Raises:
-        ValueError: If there is no gradient.
-
-    Example:
-        >>> import torch, cabs_torch
-        >>> weight = torch.nn.Parameter(torch.zeros(2))
-        >>> weight.grad = torch.tensor([3.0, 4.0])
-        >>> float(cabs_torch.mean_square([weight]))
-        25.0
-    """
-    if isinstance(parameters, torch.optim.Optimizer):
-        return torch.stack([mean_square(group["params"]) for group in parameters.param_groups])
-    given = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    if not given:
-        raise ValueError("parameters must hold gradients, got none; call backward first")
-    device = given[0].device
-    return torch.stack([norms.square_of_gradient(gradient).to(device) for gradient in given]).sum()
-
-
 def _by_groups(losses: Tensor, walk: Walk) -> tuple[Sums, Sums]:
     """Estimate what no rule covers from groups of examples, with a backward pass for each.
 
@@ -198,36 +169,6 @@ def _by_groups(losses: Tensor, walk: Walk) -> tuple[Sums, Sums]:
         squares[leaf] = [trace * (examples - 1) + examples * mean]
         means[leaf] = [mean]
     return squares, means
-
-
-def _numbers(groups: Any) -> Mapping[int, int]:
-    """Return the number of each parameter's group, by the parameter's id."""
-    if isinstance(groups, torch.optim.Optimizer):
-        groups = [group["params"] for group in groups.param_groups]
-    numbers: dict[int, int] = {}
-    for number, parameters in enumerate(groups):
-        if isinstance(parameters, Tensor):
-            raise TypeError(
-                "groups must be an optimizer or an iterable of iterables of parameters, got an "
-                "iterable of tensors; wrap it in a list for a single group"
-            )
-        for parameter in parameters:
-            if numbers.setdefault(id(parameter), number) != number:
-                raise ValueError(f"groups must not overlap: {describe(parameter)} is in two")
-    if not numbers:
-        raise ValueError("groups must hold parameters, got none")
-    return numbers
-
-
-def _at_least(value: int | None, name: str, least: int, most: int | None) -> int:
-    """Return an option, or the most if it is not given; errors say what is allowed."""
-    if value is None:
-        return most or 0
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an integer, got {name} = {value!r}")
-    if value < least:
-        raise ValueError(f"{name} must be at least {least}, got {name} = {value}")
-    return value if most is None else min(value, most)
 
 
 def _check(losses: Any) -> None:

@@ -40,6 +40,12 @@ def uncovered(parameter: torch.Tensor, problem: str) -> UncoveredParameterError:
 def describe(parameter: torch.Tensor) -> str:
     """Return the parameter's name in its outermost module, and its shape."""
     shape = f"shape {tuple(parameter.shape)}"
+    found = named(parameter)
+    return f"parameter {found[0]!r} of {found[1]}, {shape}," if found else f"a parameter of {shape}"
+
+
+def named(parameter: torch.Tensor) -> tuple[str, str] | None:
+    """Return the parameter's name in its outermost module, and the name of that module's class."""
     # The autograd graph knows no names. The longest one is that in the outermost module.
     names = [
         (name, type(module).__name__)
@@ -47,10 +53,7 @@ def describe(parameter: torch.Tensor) -> str:
         for name, candidate in module.named_parameters()
         if candidate is parameter
     ]
-    if not names:
-        return f"a parameter of {shape}"
-    name, module_name = max(names, key=lambda found: found[0].count("."))
-    return f"parameter {name!r} of {module_name}, {shape},"
+    return max(names, key=lambda found: found[0].count(".")) if names else None
 
 
 def _all_modules() -> list[torch.nn.Module]:

@@ -60,6 +60,8 @@ class Walk:
         """By the parameter's id, the nodes of those that are covered."""
         self.refused: dict[int, Node] = {}
         """The nodes of those that are not."""
+        self.problems: dict[int, str] = {}
+        """What is the matter with them."""
         self.segments: dict[Node, Outputs] = {}
         """The reentrant checkpoints, with the layouts of their outputs."""
         self.arrived: dict[int, Layout] = {}
@@ -140,9 +142,11 @@ class Walk:
         try:
             source = source_of(edge)
         except MixedError as problem:
-            return self._refuse(problem.node or edge[0], str(problem))
+            self._refuse(problem.node or edge[0], str(problem))
+            return
         if source.is_lookup and name_of(node) not in ELEMENTWISE:
-            return self._refuse(edge[0], f"is looked up and multiplied by {node.name()}")
+            self._refuse(edge[0], f"is looked up and multiplied by {node.name()}")
+            return
         for leaf in source.leaves:
             if not is_measurable(edge) or not is_measurable((leaf, 0)):
                 self._refuse(leaf, f"holds complex numbers, or none, in {node.name()}")
@@ -166,6 +170,7 @@ class Walk:
         for (node, _), (_, walk) in self._hidden.items():
             behind.setdefault(node, {}).update({**walk.leaves, **walk.hidden})
             self.refused.update(walk.refused)
+            self.problems.update(walk.problems)
         uses = Counter(key for leaves in (self.leaves, *behind.values()) for key in leaves)
         for leaves in behind.values():
             for key, leaf in leaves.items():
@@ -184,6 +189,20 @@ class Walk:
             for leaves in ({**self.leaves, **self.hidden}, self.refused)
         )
         return covered / max(covered + missing, 1)
+
+    def rules(self) -> dict[int, str]:
+        """Return how each parameter's gradients are had, by its id."""
+        found: dict[int, list[str]] = {}
+        walks = (self, *(walk for _, walk in self._hidden.values()))
+        for meeting in (meeting for walk in walks for meeting in walk.meetings):
+            source, rule = meeting.source, meeting.join.rule
+            for leaf in source.leaves:
+                through = "" if is_leaf(source.root[0]) else ", pushed on"
+                found.setdefault(id(leaf.variable), []).append(rule + through)
+        return {
+            key: " + ".join(f"{rule} x{n}" if n > 1 else rule for rule, n in Counter(used).items())
+            for key, used in found.items()
+        }
 
     def keep(self, wanted: Container[int]) -> None:
         """Forget all parameters but some, given by their ids."""
@@ -207,6 +226,7 @@ class Walk:
             if self._strict or is_segment(leaf):
                 raise _error(node, leaf, problem)
             self.refused[id(leaf.variable)] = leaf
+            self.problems.setdefault(id(leaf.variable), _why(node, leaf, problem))
 
 
 def _is_parameter(edge: Edge) -> bool:
@@ -218,9 +238,11 @@ def _is_parameter(edge: Edge) -> bool:
 
 
 def _error(node: Node, leaf: Node, problem: str) -> UncoveredParameterError:
-    if leaf is node:
-        return uncovered(leaf.variable, problem)
-    return uncovered(leaf.variable, f"lies behind {node.name()}, which {problem}")
+    return uncovered(leaf.variable, _why(node, leaf, problem))
+
+
+def _why(node: Node, leaf: Node, problem: str) -> str:
+    return problem if leaf is node else f"lies behind {node.name()}, which {problem}"
 
 
 def _leaves_behind(node: Node) -> Iterator[Node]:

@@ -1,10 +1,11 @@
-"""What a backward pass tells about its batch.
+"""What a backward pass, or the gradients that several have added up, tell about a batch.
 
 Guarantees: what was not measured is said; reading the numbers waits for their own copy alone.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from cabs import GradientStatistics
+from cabs_torch import norms
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,3 +63,32 @@ class BatchStatistics(GradientStatistics):
             event.synchronize()
         group_square_sum, mean_square = sums.tolist() if sums.dim() == 1 else sums.numpy()
         return GradientStatistics(self.examples, self.groups, group_square_sum, mean_square)
+
+
+def mean_square(parameters: Iterable[Tensor] | Any) -> Tensor:
+    r"""Return :math:`|g|^2` of the gradients that parameters hold, in float64.
+
+    For microbatches, once the gradients of all have been added up:
+    ``sum(parts).complete(mean_square=cabs_torch.mean_square(model.parameters()))``.
+
+    Args:
+        parameters: An iterable of parameters, for a 0-d tensor, or an optimizer, for one of shape
+            (groups,).
+
+    Raises:
+        ValueError: If there is no gradient.
+
+    Example:
+        >>> import torch, cabs_torch
+        >>> weight = torch.nn.Parameter(torch.zeros(2))
+        >>> weight.grad = torch.tensor([3.0, 4.0])
+        >>> float(cabs_torch.mean_square([weight]))
+        25.0
+    """
+    if isinstance(parameters, torch.optim.Optimizer):
+        return torch.stack([mean_square(group["params"]) for group in parameters.param_groups])
+    given = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    if not given:
+        raise ValueError("parameters must hold gradients, got none; call backward first")
+    device = given[0].device
+    return torch.stack([norms.square_of_gradient(gradient).to(device) for gradient in given]).sum()

@@ -11,7 +11,6 @@ import cabs_torch
 from cabs_torch import UncoveredParameterError
 from tests.torch.models import squares
 
-
 # One checkpoint inside of another runs without gradients at first, which torch warns of.
 pytestmark = pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad:UserWarning")
 

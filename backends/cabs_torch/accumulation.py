@@ -1,0 +1,176 @@
+"""Gradient statistics from groups of examples, for anything that has gradients.
+
+Guarantees: the gradients are those of accumulation without it, to the bit, and no copy of them is
+made; refuses gradients that were there before. Works for compiled models, fused and opaque layers
+and normalization over the batch alike, since it looks at nothing but gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
+
+from cabs import PartialStatistics
+from cabs_torch import norms
+from cabs_torch.errors import describe
+from cabs_torch.options import at_least, group_numbers
+from cabs_torch.statistics import BatchStatistics, mean_square
+
+
+class Accumulation:
+    r"""Turns gradient accumulation into statistics, with a group for each microbatch.
+
+    Write ``accumulation.backward(loss, examples=k)`` for the mean loss of each microbatch, and
+    :meth:`complete` before the optimizer's step. A hook sees each microbatch's gradient before it
+    is added to the others. For K microbatches of :math:`m_k` examples each, see
+    :class:`cabs.GradientStatistics`.
+
+    Args:
+        parameters: The parameters that are trained, as an optimizer takes them: an iterable of
+            parameters, for 0-d sums, or an optimizer, for sums of shape (groups,). Those that do
+            not require gradients are passed over.
+        batch_size: m, how many examples all microbatches have together.
+
+    Raises:
+        TypeError: If ``batch_size`` is no integer.
+        ValueError: If there is no parameter that requires gradients, or ``batch_size`` is below 2.
+
+    Example:
+        >>> import torch, cabs_torch
+        >>> layer = torch.nn.Linear(1, 1, bias=False)
+        >>> accumulation = cabs_torch.Accumulation(layer.parameters(), batch_size=4)
+        >>> for inputs in (torch.tensor([[1.0], [2.0]]), torch.tensor([[3.0], [6.0]])):
+        ...     accumulation.backward(layer(inputs).mean(), examples=2)
+        >>> statistics = accumulation.complete()
+        >>> layer.weight.grad, float(statistics.variance_trace)
+        (tensor([[3.]]), 9.0)
+    """
+
+    def __init__(self, parameters: Iterable[Tensor] | Any, *, batch_size: int) -> None:
+        at_least(batch_size, "batch_size", 2, None)
+        if isinstance(parameters, torch.optim.Optimizer):
+            self._source: Any = parameters
+            groups = [group["params"] for group in parameters.param_groups]
+        else:
+            self._source = list(parameters)
+            groups = [self._source]
+        self._is_grouped = isinstance(parameters, torch.optim.Optimizer)
+        self._numbers = group_numbers(groups)
+        self._count = len(groups)
+        self._batch_size = batch_size
+        self._parameters = [one for group in groups for one in group if one.requires_grad]
+        if not self._parameters:
+            raise ValueError("parameters must hold one that requires gradients, got none")
+        self._device = self._parameters[0].device
+        self._partial = PartialStatistics()
+        self._before = self._no_sums()
+
+    def backward(self, loss: Tensor, *, examples: int, scaler: Any = None) -> None:
+        """Do the backward pass of a microbatch's share of the batch's mean loss.
+
+        Args:
+            loss: The microbatch's mean loss, 0-d.
+            examples: How many examples it is the mean of.
+            scaler: A ``torch.amp.GradScaler``, which scales the loss before the backward pass.
+
+        Raises:
+            TypeError: If ``loss`` is no tensor.
+            ValueError: If it is not 0-d, or there are more examples than the batch has.
+        """
+        if not isinstance(loss, Tensor):
+            raise TypeError(f"loss must be a tensor, got {type(loss).__name__}")
+        if loss.dim():
+            raise ValueError(
+                "loss must be the mean over a microbatch, 0-d, got shape "
+                f"{tuple(loss.shape)}; for one loss an example, call cabs_torch.backward"
+            )
+        at_least(examples, "examples", 1, None)
+        if self._partial.examples + examples > self._batch_size:
+            raise ValueError(
+                f"microbatches must have {self._batch_size} examples together, got "
+                f"{self._partial.examples} before and {examples} now"
+            )
+        if not self._partial.groups:
+            self._start()
+        share = examples / self._batch_size
+        scaled = loss * share if scaler is None else scaler.scale(loss * share)
+        self._scale = 1.0 if scaler is None else scaler.scale(torch.ones_like(loss)).double()
+        squares = self._no_sums()
+        seen: set[int] = set()
+        # The nodes are held until the end, so that they are those that the graph has.
+        nodes = [get_gradient_edge(parameter).node for parameter in self._parameters]
+        hooks = [
+            node.register_prehook(partial(self._see, squares, seen, parameter))
+            for node, parameter in zip(nodes, self._parameters, strict=True)
+        ]
+        try:
+            scaled.backward()
+        finally:
+            for hook in hooks:
+                hook.remove()
+        summed = self._summed(squares) / (share * self._scale) ** 2
+        self._partial += PartialStatistics.of_group(examples, summed)
+
+    def complete(self) -> BatchStatistics:
+        r"""Return the statistics of all microbatches, and start anew.
+
+        Returns:
+            :class:`cabs_torch.BatchStatistics` with a group for each microbatch. They are ``nan``
+            if a gradient was not 0 before the first.
+
+        Raises:
+            ValueError: If there were less than two microbatches, or they do not have as many
+                examples together as the batch.
+        """
+        partial_, self._partial = self._partial, PartialStatistics()
+        if partial_.groups < 2:
+            raise ValueError(f"at least two microbatches are needed, got {partial_.groups}")
+        if partial_.examples != self._batch_size:
+            raise ValueError(
+                f"microbatches must have {self._batch_size} examples together, got "
+                f"{partial_.examples}"
+            )
+        squares = mean_square(self._source) / self._scale**2
+        # No branch, which would wait for the device.
+        nothing = torch.where(self._summed(self._before) == 0.0, 0.0, torch.nan)
+        return BatchStatistics(
+            partial_.examples, partial_.groups, partial_.group_square_sum + nothing, squares
+        )
+
+    def _start(self) -> None:
+        """Look at what gradients hold before the first microbatch."""
+        self._before = self._no_sums()
+        for parameter in self._parameters:
+            if parameter.grad is not None:
+                number = self._numbers[id(parameter)]
+                self._before[number].append(norms.square_of_gradient(parameter.grad))
+
+    def _see(
+        self,
+        squares: list[list[Tensor]],
+        seen: set[int],
+        parameter: Tensor,
+        gradients: tuple[Tensor | None, ...],
+    ) -> None:
+        if gradients[0] is None:
+            return
+        if id(parameter) in seen:
+            raise RuntimeError(
+                f"{describe(parameter)} was given its gradient in several parts, as reentrant "
+                "checkpoints do; use checkpoints with use_reentrant=False"
+            )
+        seen.add(id(parameter))
+        squares[self._numbers[id(parameter)]].append(norms.square_of_gradient(gradients[0]))
+
+    def _no_sums(self) -> list[list[Tensor]]:
+        return [[] for _ in range(self._count)]
+
+    def _summed(self, squares: list[list[Tensor]]) -> Tensor:
+        start = norms.zero(self._device)
+        sums = [torch.stack([start, *(v.to(self._device) for v in some)]).sum() for some in squares]
+        return torch.stack(sums) if self._is_grouped else sums[0]

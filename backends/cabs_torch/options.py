@@ -1,0 +1,44 @@
+"""What a caller may ask for, checked.
+
+Guarantees: an error says what was given and what is allowed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cabs_torch.errors import describe
+
+
+def group_numbers(groups: Any) -> Mapping[int, int]:
+    """Return the number of each parameter's group, by the parameter's id."""
+    if isinstance(groups, torch.optim.Optimizer):
+        groups = [group["params"] for group in groups.param_groups]
+    numbers: dict[int, int] = {}
+    for number, parameters in enumerate(groups):
+        if isinstance(parameters, Tensor):
+            raise TypeError(
+                "groups must be an optimizer or an iterable of iterables of parameters, got an "
+                "iterable of tensors; wrap it in a list for a single group"
+            )
+        for parameter in parameters:
+            if numbers.setdefault(id(parameter), number) != number:
+                raise ValueError(f"groups must not overlap: {describe(parameter)} is in two")
+    if not numbers:
+        raise ValueError("groups must hold parameters, got none")
+    return numbers
+
+
+def at_least(value: int | None, name: str, least: int, most: int | None) -> int:
+    """Return an option, or the most if it is not given; errors say what is allowed."""
+    if value is None:
+        return most or 0
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an integer, got {name} = {value!r}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {name} = {value}")
+    return value if most is None else min(value, most)
