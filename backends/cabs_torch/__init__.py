@@ -5,6 +5,7 @@ Guarantees: measures and decides nothing; the gradients are those of a plain bac
 
 from cabs_torch.accumulation import Accumulation
 from cabs_torch.backward import backward
+from cabs_torch.compiled import CompiledStep, compile  # noqa: A004
 from cabs_torch.errors import UncoveredParameterError
 from cabs_torch.statistics import BatchStatistics, mean_square
 from cabs_torch.verification import Checked, Verification, verify
@@ -13,9 +14,11 @@ __all__ = [
     "Accumulation",
     "BatchStatistics",
     "Checked",
+    "CompiledStep",
     "UncoveredParameterError",
     "Verification",
     "backward",
+    "compile",
     "mean_square",
     "verify",
 ]

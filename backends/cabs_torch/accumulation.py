@@ -18,7 +18,7 @@ from torch.autograd.graph import get_gradient_edge
 from cabs import PartialStatistics
 from cabs_torch import norms
 from cabs_torch.errors import describe
-from cabs_torch.options import at_least, group_numbers
+from cabs_torch.options import as_groups, at_least
 from cabs_torch.statistics import BatchStatistics, mean_square
 
 
@@ -60,8 +60,8 @@ class Accumulation:
             self._source = list(parameters)
             groups = [self._source]
         self._is_grouped = isinstance(parameters, torch.optim.Optimizer)
-        self._numbers = group_numbers(groups)
-        self._count = len(groups)
+        kept = as_groups(groups)
+        self._numbers, self._count = kept.numbers, kept.count
         self._batch_size = batch_size
         self._parameters = [one for group in groups for one in group if one.requires_grad]
         if not self._parameters:

@@ -21,7 +21,7 @@ from cabs_torch.graph import Policy, Walk
 from cabs_torch.layout import Layout
 from cabs_torch.measure import Measurement, Sums, total
 from cabs_torch.nodes import Node
-from cabs_torch.options import at_least, group_numbers
+from cabs_torch.options import Groups, as_groups, at_least
 from cabs_torch.statistics import BatchStatistics
 
 # Groups of examples for parameters that no rule covers.
@@ -100,11 +100,11 @@ def backward(
         raise ValueError(
             f"uncovered must be 'error', 'groups' or 'ignore', got uncovered = {uncovered!r}"
         )
-    numbers = None if groups is None else group_numbers(groups)
+    wanted = None if groups is None else as_groups(groups)
     start = Layout((examples,), 1, examples)
     walk = Walk([(losses, start)], strict=uncovered == "error")
-    if numbers is not None:
-        walk.keep(numbers)
+    if wanted is not None:
+        walk.keep(wanted.numbers)
     measured = walk.measured
     if walk.refused and uncovered == "ignore":
         names = ", ".join(describe(leaf.variable) for leaf in walk.refused.values())
@@ -127,15 +127,15 @@ def backward(
     # What flows back is an example's gradient times 1/m, as the type of the losses and the scaler
     # have it: in half precision not quite 1/m.
     factor = share[0].double()
-    count = len(set(numbers.values())) if numbers else 1
+    kept = wanted or Groups({}, 1)
 
     def summed(sums: Sums) -> Tensor:
-        return total(sums, numbers or {}, count, losses.device)
+        return total(sums, kept.numbers, kept.count, losses.device)
 
     squares = summed(measurement.squares) * (examples / measured_examples) / factor**2
     means = summed(measurement.means) / (factor * examples) ** 2
     squares, means = squares + summed(estimated[0]), means + summed(estimated[1])
-    if numbers is None:
+    if wanted is None:
         squares, means = squares.squeeze(0), means.squeeze(0)
     return BatchStatistics(examples, examples, squares, means, measured)
 

@@ -10,6 +10,8 @@ Every sum is a 0-d float64 tensor.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 from torch import Tensor
@@ -30,9 +32,28 @@ _SPLIT = 64
 _CANCELLING = 64.0
 
 
+_is_traced: ContextVar[bool] = ContextVar("is_traced", default=False)
+
+
+@contextmanager
+def traced() -> Iterator[None]:
+    """Take all examples at once, and look at no values: what is computed here is compiled later."""
+    token = _is_traced.set(True)
+    try:
+        yield
+    finally:
+        _is_traced.reset(token)
+
+
+def is_traced() -> bool:
+    """Return whether what is computed is compiled later, so that there are no values yet."""
+    return _is_traced.get()
+
+
 def parts(examples: int, needed: int, chunk: int | None) -> Iterator[slice]:
     """Yield slices of examples, of ``chunk``, or of as many as ``needed`` elements each allow."""
-    size = chunk or max(1, _CHUNK // max(needed, 1))
+    whole = examples if is_traced() else max(1, _CHUNK // max(needed, 1))
+    size = chunk or whole
     for start in range(0, examples, size):
         yield slice(start, min(start + size, examples))
 
@@ -54,7 +75,7 @@ def rows_of(left: Tensor, right: Tensor, chunk: int | None = None) -> Tensor:
     # In pairs single precision is enough only if the terms do not cancel, which has to be looked
     # at; on a GPU that would wait for the device.
     is_cheaper = _SYMMETRIC * length * (width + height) < width * height
-    pairwise = is_cheaper and left.device.type == "cpu"
+    pairwise = is_cheaper and left.device.type == "cpu" and not is_traced()
     needed = 2 * length**2 if pairwise else width * height
     if left.dtype.itemsize < 4 or right.dtype.itemsize < 4:
         needed += length * (width + height)

@@ -6,6 +6,7 @@ Guarantees: an error says what was given and what is allowed.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,12 +15,28 @@ from torch import Tensor
 from cabs_torch.errors import describe
 
 
-def group_numbers(groups: Any) -> Mapping[int, int]:
-    """Return the number of each parameter's group, by the parameter's id."""
+@dataclass(frozen=True)
+class Groups:
+    """Which parameter belongs to which group."""
+
+    numbers: Mapping[int, int]
+    """The number of each parameter's group, by the parameter's id."""
+    count: int
+
+    def of(self, twins: Mapping[int, Tensor]) -> list[list[Tensor]]:
+        """Return groups of the tensors that stand for parameters, given by the parameters' ids."""
+        given = [(self.numbers[key], one) for key, one in twins.items() if key in self.numbers]
+        return [[one for number, one in given if number == k] for k in range(self.count)]
+
+
+def as_groups(groups: Any) -> Groups:
+    """Return parameter groups, given as an optimizer or as iterables of parameters."""
     if isinstance(groups, torch.optim.Optimizer):
         groups = [group["params"] for group in groups.param_groups]
     numbers: dict[int, int] = {}
+    count = 0
     for number, parameters in enumerate(groups):
+        count = number + 1
         if isinstance(parameters, Tensor):
             raise TypeError(
                 "groups must be an optimizer or an iterable of iterables of parameters, got an "
@@ -30,7 +47,7 @@ def group_numbers(groups: Any) -> Mapping[int, int]:
                 raise ValueError(f"groups must not overlap: {describe(parameter)} is in two")
     if not numbers:
         raise ValueError("groups must hold parameters, got none")
-    return numbers
+    return Groups(numbers, count)
 
 
 def at_least(value: int | None, name: str, least: int, most: int | None) -> int:

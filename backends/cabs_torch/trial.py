@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from cabs_torch import norms
 from cabs_torch.joins import Join
 from cabs_torch.layout import Layout, MixedError
 from cabs_torch.nodes import Node, call, is_packed, shape_of
@@ -27,10 +28,12 @@ def positions(node: Node, output: int, layout: Layout, index: int) -> Layout | N
     Raises:
         MixedError: If examples are mixed, or it cannot be told where they lie.
     """
-    if is_packed(node):
-        raise MixedError("has no rule, and cannot be tried out inside of a checkpoint")
     if node.name() == "CompiledFunctionBackward":
         raise MixedError("is a compiled function; compile it with cabs_torch.compile")
+    if norms.is_traced():
+        raise MixedError("has no rule, and cannot be tried out while it is traced")
+    if is_packed(node):
+        raise MixedError("has no rule, and cannot be tried out inside of a checkpoint")
     described = node._input_metadata[output]
     pattern = torch.arange(math.prod(layout.shape), device=described.device).cos() + 1.5
     pattern = pattern.to(described.dtype).reshape(layout.shape)

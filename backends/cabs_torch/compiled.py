@@ -1,0 +1,151 @@
+"""A whole training step as one compiled graph: forward pass, backward pass and statistics.
+
+Guarantees: the statistics come from the same rules as those of :func:`cabs_torch.backward`, applied
+while the step is traced, so that what they cannot cover is the same error; there is one graph
+without breaks for each shape of the inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from cabs_torch import norms
+from cabs_torch.backward import backward
+from cabs_torch.options import as_groups
+from cabs_torch.statistics import BatchStatistics
+
+Signature = tuple[object, ...]
+
+
+class _Step(nn.Module):
+    """The model, with the losses as its forward pass."""
+
+    def __init__(self, model: nn.Module, losses_of: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.model, self._losses_of = model, losses_of
+
+    def forward(self, *batch: Tensor) -> Tensor:
+        return self._losses_of(*batch)
+
+
+class CompiledStep:
+    """What :func:`cabs_torch.compile` returns; call it with a batch."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        losses_of: Callable[..., Tensor],
+        groups: Any,
+        options: dict[str, Any],
+        compiler: dict[str, Any],
+    ) -> None:
+        self._step = _Step(model, losses_of)
+        self._groups = None if groups is None else as_groups(groups)
+        self._options = options
+        self._compiler = {"fullgraph": True, **compiler}
+        self._graphs: dict[Signature, Callable[..., Any]] = {}
+        self._coverage: dict[Signature, float] = {}
+
+    def __call__(self, *batch: Tensor) -> tuple[Tensor, BatchStatistics]:
+        """Run a step: add the batch's gradient to what parameters hold.
+
+        Args:
+            batch: Tensors, as ``losses_of`` takes them.
+
+        Returns:
+            The losses, shape (m,), without a graph, and their statistics.
+        """
+        parameters = {
+            name: parameter
+            for name, parameter in self._step.named_parameters()
+            if parameter.requires_grad
+        }
+        training = tuple(module.training for module in self._step.modules())
+        signature = (
+            training,
+            tuple(parameters),
+            *((one.shape, one.dtype, one.device) for one in batch),
+        )
+        values = [parameter.detach() for parameter in parameters.values()]
+        if signature not in self._graphs:
+            self._graphs[signature] = self._trace(signature, parameters, values, batch)
+        with torch.no_grad():
+            losses, gradients, squares, means = self._graphs[signature](values, batch)
+            for parameter, gradient in zip(parameters.values(), gradients, strict=True):
+                if gradient is not None:
+                    held = parameter.grad
+                    parameter.grad = gradient if held is None else held + gradient
+        examples = len(losses)
+        coverage = self._coverage[signature]
+        return losses, BatchStatistics(examples, examples, squares, means, coverage)
+
+    def _trace(
+        self,
+        signature: Signature,
+        parameters: dict[str, nn.Parameter],
+        values: list[Tensor],
+        batch: Any,
+    ) -> Callable[..., Any]:
+        def step(values: list[Tensor], batch: tuple[Tensor, ...]) -> Any:
+            leaves = [value.detach().requires_grad_() for value in values]
+            named = dict(zip(parameters, leaves, strict=True))
+            losses = functional_call(self._step, named, batch)
+            # Here other tensors stand for the parameters.
+            twins = {id(one): leaf for one, leaf in zip(parameters.values(), leaves, strict=True)}
+            groups = None if self._groups is None else self._groups.of(twins)
+            statistics = backward(losses, groups=groups, **self._options)
+            self._coverage[signature] = statistics.measured
+            gradients = [leaf.grad for leaf in leaves]
+            return losses.detach(), gradients, statistics.group_square_sum, statistics.mean_square
+
+        # Tracing runs the step once, which is not to be seen in the random numbers.
+        with torch.random.fork_rng(), norms.traced(), torch.enable_grad():
+            graph = make_fx(step)(values, batch)
+        compiled: Callable[..., Any] = torch.compile(graph, **self._compiler)
+        return compiled
+
+
+def compile(  # noqa: A001
+    model: nn.Module,
+    losses_of: Callable[..., Tensor],
+    *,
+    groups: Any = None,
+    sample: int | None = None,
+    chunk: int | None = None,
+    **compiler: Any,
+) -> CompiledStep:
+    """Return a training step with statistics, compiled into one graph without breaks.
+
+    A model that was compiled by itself hides its operations from :func:`cabs_torch.backward`. Here
+    the whole step is traced into operations and then compiled. It is traced and compiled again for
+    each new shape of the inputs, so let a controller choose among few sizes
+    (:meth:`cabs.BatchSizes.geometric`). Gradients differ from those without statistics by as much
+    as the compiler rounds differently.
+
+    Args:
+        model: The module whose parameters are trained, not compiled itself.
+        losses_of: From a batch, one loss an example, shape (m,), by calling ``model``.
+        groups: As in :func:`cabs_torch.backward`.
+        sample: The same.
+        chunk: The same; all at once by default, since the compiler unrolls chunks.
+        compiler: Options of ``torch.compile``.
+
+    Returns:
+        A function of a batch, which adds gradients to ``parameter.grad`` as a backward pass does,
+        and returns losses and :class:`cabs_torch.BatchStatistics`.
+
+    Example:
+        >>> import torch, cabs_torch
+        >>> layer = torch.nn.Linear(2, 1, bias=False)
+        >>> step = cabs_torch.compile(layer, lambda x: layer(x).squeeze(1), backend="aot_eager")
+        >>> losses, statistics = step(torch.tensor([[1.0, 0.0], [3.0, 0.0]]))
+        >>> layer.weight.grad, float(statistics.variance_trace)
+        (tensor([[2., 0.]]), 2.0)
+    """
+    return CompiledStep(model, losses_of, groups, {"sample": sample, "chunk": chunk}, compiler)
