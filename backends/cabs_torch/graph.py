@@ -19,7 +19,7 @@ from cabs_torch.layout import HiddenError, Layout, MixedError
 from cabs_torch.nodes import Edge, Node, is_leaf, is_measurable, name_of, shape_of
 from cabs_torch.segments import is_segment, run_again
 from cabs_torch.shared import Source, source_of
-from cabs_torch.trial import Calls, positions
+from cabs_torch.trial import Calls, check, positions
 
 Outputs = dict[int, Layout]
 """By the number of a node's output, where the examples lie in it."""
@@ -74,6 +74,7 @@ class Walk:
         self._outputs: dict[Node, Outputs] = {}
         self._met: set[tuple[Node, int]] = set()
         self._calls: dict[Node, Calls] = {}
+        self._tried: set[Node] = set()
         # A stack of its own, since graphs can be deeper than Python's.
         self._waiting = [(tensor.grad_fn, tensor.output_nr, layout) for tensor, layout in starts]
         while self._waiting:
@@ -115,6 +116,9 @@ class Walk:
         except UnknownError:
             if is_segment(node):
                 return self._look_inside(node, output, layout, index)
+            if node not in self._tried:
+                check(node)
+                self._tried.add(node)
             if not _is_parameter(edge):
                 return positions(node, output, layout, index)
             found = None

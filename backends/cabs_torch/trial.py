@@ -16,8 +16,22 @@ from torch import Tensor
 from cabs_torch import norms
 from cabs_torch.joins import Join
 from cabs_torch.layout import Layout, MixedError
-from cabs_torch.nodes import Node, call, is_packed, shape_of
+from cabs_torch.nodes import Node, call, is_own_function, is_packed, shape_of
 from cabs_torch.terms import Formed, Term
+
+
+def check(node: Node) -> None:
+    """Raise if a node cannot be called apart from the backward pass.
+
+    Raises:
+        MixedError: If it is that of a compiled function, which overwrites what it saved.
+        HiddenError: If it runs a backward pass of its own.
+    """
+    if node.name() == "CompiledFunctionBackward":
+        raise MixedError("is a compiled function; compile the step with cabs_torch.compile")
+    if is_own_function(node) and not is_packed(node):
+        described = node._input_metadata
+        call(node, [torch.zeros(d.shape, dtype=d.dtype, device=d.device) for d in described])
 
 
 def positions(node: Node, output: int, layout: Layout, index: int) -> Layout | None:
@@ -28,8 +42,6 @@ def positions(node: Node, output: int, layout: Layout, index: int) -> Layout | N
     Raises:
         MixedError: If examples are mixed, or it cannot be told where they lie.
     """
-    if node.name() == "CompiledFunctionBackward":
-        raise MixedError("is a compiled function; compile it with cabs_torch.compile")
     if norms.is_traced():
         raise MixedError("has no rule, and cannot be tried out while it is traced")
     if is_packed(node):

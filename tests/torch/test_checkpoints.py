@@ -91,23 +91,25 @@ class Own(torch.autograd.Function):
     """A function that hides parameters and runs a backward pass of its own."""
 
     @staticmethod
-    def forward(ctx, inputs, layer):
+    def forward(ctx, inputs, shift, layer):
         ctx.layer = layer
         ctx.save_for_backward(inputs)
-        return layer(inputs)
+        return layer(inputs) + shift
 
     @staticmethod
     def backward(ctx, cotangents):
         inputs = ctx.saved_tensors[0].detach().requires_grad_()
         with torch.enable_grad():
             torch.autograd.backward(ctx.layer(inputs), cotangents)
-        return inputs.grad, None
+        return inputs.grad, cotangents.sum(0), None
 
 
-def test_a_function_that_hides_parameters_is_refused_before_it_writes_gradients():
+@pytest.mark.parametrize("is_first", [False, True])
+def test_a_function_that_hides_parameters_is_refused_before_it_writes_gradients(is_first):
     torch.manual_seed(0)
-    first, hidden = nn.Linear(4, 4), nn.Linear(4, 4)
-    losses = Own.apply(first(torch.randn(3, 4)), hidden).square().mean(dim=1)
+    first, hidden, shift = nn.Linear(4, 4), nn.Linear(4, 4), nn.Parameter(torch.ones(4))
+    inputs = torch.randn(3, 4)
+    losses = Own.apply(inputs if is_first else first(inputs), shift, hidden).square().mean(dim=1)
     for policy in ("error", "groups", "ignore"):
         with pytest.raises(UncoveredParameterError, match="a backward pass of its own"):
             cabs_torch.backward(losses, uncovered=policy)

@@ -107,7 +107,7 @@ def test_a_model_that_was_compiled_by_itself_is_refused_with_the_way_out():
     layer = nn.Linear(3, 4)
     compiled = torch.compile(layer, backend="aot_eager")
     losses = compiled(torch.randn(4, 3)).square().sum(1)
-    with pytest.raises(UncoveredParameterError, match=r"compile it with cabs_torch\.compile"):
+    with pytest.raises(UncoveredParameterError, match=r"compile the step with cabs_torch\.compile"):
         cabs_torch.backward(losses)
 
 
