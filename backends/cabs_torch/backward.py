@@ -102,9 +102,8 @@ def backward(
         )
     wanted = None if groups is None else as_groups(groups)
     start = Layout((examples,), 1, examples)
-    walk = Walk([(losses, start)], strict=uncovered == "error")
-    if wanted is not None:
-        walk.keep(wanted.numbers)
+    numbers = None if wanted is None else wanted.numbers
+    walk = Walk([(losses, start)], strict=uncovered == "error", wanted=numbers)
     measured = walk.measured
     if walk.refused and uncovered == "ignore":
         names = ", ".join(describe(leaf.variable) for leaf in walk.refused.values())
@@ -148,6 +147,11 @@ def _by_groups(losses: Tensor, walk: Walk) -> tuple[Sums, Sums]:
     leaves = list(walk.refused.values())
     if not leaves:
         return {}, {}
+    if walk.segments:
+        raise ValueError(
+            "uncovered='groups' does not work with reentrant checkpoints; use checkpoints with "
+            "use_reentrant=False"
+        )
     examples = len(losses)
     parts = losses.tensor_split(min(_GROUPS, examples))
     between: dict[Node, list[Tensor]] = {leaf: [] for leaf in leaves}

@@ -98,14 +98,26 @@ def _within(node: Node, layout: Layout, shape: Shape) -> Layout:
 
 
 def _index(node: Node, layout: Layout, shape: Shape) -> Layout:
-    # Where the examples' own axis is indexed the values of the indices decide, and are looked at.
-    axis, _ = layout.axis()
     indices = node._saved_indices
-    if axis < next(place for place, index in enumerate(indices) if index is not None):
-        return layout.moved(shape, axis)
-    if axis == 0 and indices[0] is not None and layout.shape[0] == shape[0] == layout.examples:
-        # Something was taken from each example.
-        rows = indices[0].reshape(len(indices[0]), -1)
+    indexed = [place for place, index in enumerate(indices) if index is not None]
+    given = [indices[place] for place in indexed]
+    if any(index.dtype in (torch.bool, torch.uint8) for index in given):
+        raise UnknownError
+    joint = torch.broadcast_shapes(*(index.shape for index in given))
+    # The axes of what was looked up stand where the indexed ones were, or, if those did not lie
+    # side by side, in front.
+    is_adjacent = indexed[-1] - indexed[0] + 1 == len(indexed)
+    first = indexed[0] if is_adjacent else 0
+    kept = [axis for axis in range(len(shape)) if axis not in indexed]
+    origin: list[int | None] = [*kept]
+    origin[first:first] = [None] * len(joint)
+    axis, _ = layout.axis()
+    found = origin[axis]
+    if found is not None:
+        return layout.moved(shape, found)
+    if axis == 0 and indexed[0] == 0 and layout.shape[0] == shape[0] == layout.examples:
+        # Something was taken from each example, if the values of the indices say so.
+        rows = given[0].broadcast_to(joint).reshape(layout.examples, -1)
         if bool((rows == torch.arange(layout.examples, device=rows.device)[:, None]).all()):
             return layout.moved(shape, 0)
     raise UnknownError

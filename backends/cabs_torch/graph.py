@@ -43,6 +43,7 @@ class Walk:
         starts: Tensors with a graph, and where the examples lie in each.
         strict: Whether to raise at the first parameter that is not covered.
         inputs: Tensors without a graph that are no parameters, but stand for what lies behind.
+        wanted: The ids of the parameters that matter; all do if None.
 
     Raises:
         UncoveredParameterError: If the squared norms of a parameter cannot be had exactly.
@@ -54,6 +55,7 @@ class Walk:
         *,
         strict: bool = True,
         inputs: Sequence[Tensor] = (),
+        wanted: Container[int] | None = None,
     ) -> None:
         self.meetings: list[Meeting] = []
         self.leaves: dict[int, Node] = {}
@@ -69,6 +71,7 @@ class Walk:
         self.hidden: dict[int, Node] = {}
         """By the id, the parameters that are met inside of them."""
         self._strict = strict
+        self._wanted = wanted
         self._inputs = {id(tensor) for tensor in inputs}
         self._hidden: dict[Edge, tuple[list[Layout | None], Walk]] = {}
         self._outputs: dict[Node, Outputs] = {}
@@ -138,7 +141,9 @@ class Walk:
         if output not in outputs:
             outputs[output] = layout
             inputs, given = run_again(node)
-            walk = Walk([(given[output], layout)], strict=self._strict, inputs=inputs)
+            walk = Walk(
+                [(given[output], layout)], strict=self._strict, inputs=inputs, wanted=self._wanted
+            )
             self._hidden[node, output] = ([walk.arrived.get(id(one)) for one in inputs], walk)
         return self._hidden[node, output][0][index]
 
@@ -146,7 +151,7 @@ class Walk:
         try:
             source = source_of(edge)
         except MixedError as problem:
-            self._refuse(problem.node or edge[0], str(problem))
+            self._refuse(edge[0], str(problem), problem.node)
             return
         if source.is_lookup and name_of(node) not in ELEMENTWISE:
             self._refuse(edge[0], f"is looked up and multiplied by {node.name()}")
@@ -181,9 +186,14 @@ class Walk:
                 if uses[key] > 1:
                     self._refuse(leaf, "is used inside of a reentrant checkpoint and elsewhere")
                 self.hidden[key] = leaf
-        self.leaves = {key: leaf for key, leaf in self.leaves.items() if key not in self.refused}
-        self.hidden = {key: leaf for key, leaf in self.hidden.items() if key not in self.refused}
-        self._drop()
+        if self._wanted is not None:
+            self.refused = _only(self.refused, self._wanted)
+            self.leaves, self.hidden = (_only(x, self._wanted) for x in (self.leaves, self.hidden))
+        for leaves in (self.leaves, self.hidden):
+            for key in self.refused:
+                leaves.pop(key, None)
+        measured = set(self.leaves.values())
+        self.meetings = [one for one in self.meetings if not measured.isdisjoint(one.source.leaves)]
 
     @property
     def measured(self) -> float:
@@ -208,29 +218,27 @@ class Walk:
             for key, used in found.items()
         }
 
-    def keep(self, wanted: Container[int]) -> None:
-        """Forget all parameters but some, given by their ids."""
-        self.leaves = {key: leaf for key, leaf in self.leaves.items() if key in wanted}
-        self.hidden = {key: leaf for key, leaf in self.hidden.items() if key in wanted}
-        self.refused = {key: leaf for key, leaf in self.refused.items() if key in wanted}
-        self._drop()
-
-    def _drop(self) -> None:
-        measured = set(self.leaves.values())
-        self.meetings = [one for one in self.meetings if not measured.isdisjoint(one.source.leaves)]
-
-    def _refuse(self, node: Node, problem: str) -> None:
-        """Note that nothing behind a node is covered.
+    def _refuse(self, node: Node, problem: str, named: Node = None) -> None:
+        """Note that nothing behind a node is covered, because of it, or of another behind it.
 
         Raises:
             UncoveredParameterError: If the walk is strict.
         """
+        for leaf in _leaves_behind(named or node) if self._strict else ():
+            if self._wanted is None or id(leaf.variable) in self._wanted:
+                raise _error(named or node, leaf, problem)
         for leaf in _leaves_behind(node):
             # What a checkpoint hides cannot be left out, or be had from groups.
-            if self._strict or is_segment(leaf):
+            if is_segment(leaf):
+                raise _error(node, leaf, problem)
+            if self._strict and (self._wanted is None or id(leaf.variable) in self._wanted):
                 raise _error(node, leaf, problem)
             self.refused[id(leaf.variable)] = leaf
             self.problems.setdefault(id(leaf.variable), _why(node, leaf, problem))
+
+
+def _only(leaves: dict[int, Node], wanted: Container[int]) -> dict[int, Node]:
+    return {key: leaf for key, leaf in leaves.items() if key in wanted}
 
 
 def _is_parameter(edge: Edge) -> bool:

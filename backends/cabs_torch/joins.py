@@ -272,7 +272,7 @@ def _times(node: Node, layout: Layout, index: int, shape: Shape) -> Join:
 
 
 def _over(node: Node, layout: Layout, index: int, shape: Shape) -> Join | None:
-    if index != 0:
+    if index != 0 or getattr(node, "_saved_rounding_mode", None) is not None:
         return None
     check_saved(node, "other")
     return _scaled(

@@ -68,11 +68,11 @@ class Layout(NamedTuple):
         taken = tensor.reshape(split).movedim(axis + 1, 0)[:examples]
         return taken.flatten(axis + 1, axis + 2)
 
-    def only(self, tensor: Tensor, example: int) -> Tensor:
+    def only(self, tensor: Tensor, members: list[int]) -> Tensor:
         """Return the tensor with the elements of all other examples replaced by zeros."""
         blocks = tensor.reshape(self.outer, self.examples, -1)
         alone = blocks.new_zeros(blocks.shape)
-        alone[:, example] = blocks[:, example]
+        alone[:, members] = blocks[:, members]
         return alone.reshape(self.shape)
 
 

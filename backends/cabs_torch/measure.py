@@ -80,8 +80,7 @@ class Measurement:
         """Measure the backward pass that a checkpoint is about to run."""
         starts = [(outputs[number], layout) for number, layout in layouts.items()]
         tensors = [one for one in inputs if isinstance(one, Tensor)]
-        walk = Walk(starts, strict=False, inputs=tensors)
-        walk.keep(self._hidden)
+        walk = Walk(starts, strict=False, inputs=tensors, wanted=self._hidden)
         inside = self._hooks.enter_context(Measurement(walk, self._examples, self._chunk))
         inside.squares, inside.means = self.squares, self.means
 
@@ -120,9 +119,9 @@ class Measurement:
                     )
                     for leaf, gradient in zip(leaves, gradients, strict=True):
                         if gradient is not None and self._sources[leaf] == 1:
-                            self.squares[leaf].append(norms.square(gradient))
+                            self.squares[leaf].append(norms.square_of_gradient(gradient))
                         elif gradient is not None:
-                            pushed[leaf].append(gradient)
+                            pushed[leaf].append(gradient.to_dense())
         finally:
             self._is_pushing = False
         for leaf, rows in pushed.items():

@@ -90,6 +90,11 @@ def call(node: Node, cotangents: Sequence[Tensor | None]) -> list[Tensor | None]
     """Return what a node gives its inputs for cotangents of its outputs, one for each edge."""
     with _kept(_packed(node)), torch.no_grad():
         if is_own_function(node):
+            # As the backward pass does, unless it was told that None is welcome.
+            cotangents = [
+                _zeros(described) if one is None else one
+                for one, described in zip(cotangents, node._input_metadata, strict=True)
+            ]
             with _no_backward_inside():
                 results = node.apply(*cotangents)
         else:
@@ -97,7 +102,7 @@ def call(node: Node, cotangents: Sequence[Tensor | None]) -> list[Tensor | None]
     given = list(results) if isinstance(results, tuple) else [results]
     if is_own_function(node):
         # One for each argument of the forward pass, tensor or not; edges are those of tensors.
-        needed = zip(given, node.needs_input_grad, strict=True)
+        needed = zip(given, node.needs_input_grad, strict=False)
         wanted = [result for result, is_needed in needed if is_needed]
         given = [None if child is None else wanted.pop(0) for child, _ in node.next_functions]
     return [
@@ -105,6 +110,15 @@ def call(node: Node, cotangents: Sequence[Tensor | None]) -> list[Tensor | None]
         None if result is None or edge[0] is None else result.sum_to_size(shape_of(edge))
         for result, edge in zip(given, node.next_functions, strict=True)
     ]
+
+
+def zeros_for(node: Node) -> list[Tensor]:
+    """Return a cotangent of zeros for each of a node's outputs."""
+    return [_zeros(described) for described in node._input_metadata]
+
+
+def _zeros(described: Any) -> Tensor:
+    return torch.zeros(described.shape, dtype=described.dtype, device=described.device)
 
 
 def check_saved(node: Node, *names: str) -> None:

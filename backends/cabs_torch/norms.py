@@ -50,6 +50,11 @@ def is_traced() -> bool:
     return _is_traced.get()
 
 
+def may_look(device: torch.device) -> bool:
+    """Return whether values are there to be looked at, without waiting for a device."""
+    return device.type == "cpu" and not is_traced()
+
+
 def parts(examples: int, needed: int, chunk: int | None) -> Iterator[slice]:
     """Yield slices of examples, of ``chunk``, or of as many as ``needed`` elements each allow."""
     whole = examples if is_traced() else max(1, _CHUNK // max(needed, 1))
@@ -75,7 +80,7 @@ def rows_of(left: Tensor, right: Tensor, chunk: int | None = None) -> Tensor:
     # In pairs single precision is enough only if the terms do not cancel, which has to be looked
     # at; on a GPU that would wait for the device.
     is_cheaper = _SYMMETRIC * length * (width + height) < width * height
-    pairwise = is_cheaper and left.device.type == "cpu" and not is_traced()
+    pairwise = is_cheaper and may_look(left.device)
     needed = 2 * length**2 if pairwise else width * height
     if left.dtype.itemsize < 4 or right.dtype.itemsize < 4:
         needed += length * (width + height)

@@ -14,7 +14,16 @@ from torch import Tensor
 
 from cabs_torch.carriers import ELEMENTWISE, KEEPING, MIXING, PERMUTING, permutation
 from cabs_torch.layout import MixedError, Shape
-from cabs_torch.nodes import Edge, Node, axes, is_leaf, name_of, shape_of, signed
+from cabs_torch.nodes import (
+    Edge,
+    Node,
+    axes,
+    is_leaf,
+    is_own_function,
+    name_of,
+    shape_of,
+    signed,
+)
 
 
 class Source(NamedTuple):
@@ -45,36 +54,49 @@ def source_of(edge: Edge) -> Source:
     while name_of(edge[0]) in _REARRANGING:
         path.append(edge)
         edge = edge[0].next_functions[0]
-    kinds: dict[Node, bool] = {}
-    is_lookup = _looks_up(edge[0], kinds)
-    return Source(edge, tuple(path), frozenset(kinds), is_lookup)
+    kinds = _kinds(edge[0])
+    return Source(edge, tuple(path), frozenset(kinds), kinds[edge[0]])
 
 
-def _looks_up(node: Node, known: dict[Node, bool]) -> bool:
-    """Return whether a node's outputs hold rows that were looked up.
+def _kinds(root: Node) -> dict[Node, bool]:
+    """Return for a node and all behind it whether it holds rows that were looked up.
 
     Raises:
-        MixedError: If they could depend on the batch.
+        MixedError: If one of them could depend on the batch.
     """
-    if node in known:
-        return known[node]
-    known[node] = False
+    kinds: dict[Node, bool] = {}
+    # Twice: on the way in, where it is checked, and on the way out, when all behind it are known.
+    waiting = [(root, False)]
+    while waiting:
+        node, is_known = waiting.pop()
+        children = [child for child, _ in node.next_functions if child is not None]
+        if is_known:
+            kinds[node] = name_of(node) in _LOOKUPS or any(kinds[child] for child in children)
+            if kinds[node] and name_of(node) in _COMPUTED - _LOOKUPS:
+                raise MixedError("is computed from what was looked up, perhaps by examples", node)
+        elif node not in kinds:
+            kinds[node] = False
+            _check(node)
+            waiting.append((node, True))
+            waiting.extend((child, False) for child in children)
+    return kinds
+
+
+def _check(node: Node) -> None:
+    """Raise MixedError if an operation could bring the batch in."""
     name, edges = name_of(node), node.next_functions
-    behind = [_looks_up(child, known) for child, _ in edges if child is not None]
-    is_constant = any(child is None for child, _ in edges)
-    if is_leaf(node) or name in _REARRANGING or name in ("Expand", "Repeat"):
-        known[node] = any(behind)
-    elif name in _LOOKUPS:
-        known[node] = True
-    elif name in ELEMENTWISE:
+    shapes = [shape_of(edge) for edge in edges if edge[0] is not None]
+    if is_leaf(node) or name in _REARRANGING or name in _LOOKUPS or name in ("Expand", "Repeat"):
+        return
+    if name in ELEMENTWISE:
         # A constant of more axes, or a mask, could hold a value for every example.
-        shapes = [shape_of(edge) for edge in edges if edge[0] is not None]
         if torch.broadcast_shapes(*shapes) != shape_of((node, 0)):
             raise MixedError("is broadcast over the examples, and could be theirs", node)
-        known[node] = any(behind)
-    elif any(behind) or name not in _COMPUTED or (is_constant and name in _OF_SEVERAL):
+    elif is_own_function(node) or name == "WeightNormInterface":
+        if len(node._input_metadata) > 1 or shape_of((node, 0)) not in shapes:
+            raise MixedError("is broadcast over the examples, and could be theirs", node)
+    elif name not in _COMPUTED or (name in _OF_SEVERAL and len(shapes) < len(edges)):
         raise MixedError("is broadcast over the examples, as a batch's mean would be", node)
-    return known[node]
 
 
 def settings(edge: Edge) -> tuple[object, ...]:
@@ -128,7 +150,7 @@ MULTIPLE = _CUTTING - {"Select", "Slice"}
 
 _REARRANGING = frozenset({*KEEPING, *PERMUTING, *_CUTTING})
 _LOOKUPS = frozenset("Embedding Gather Index IndexSelect".split())
-_OF_SEVERAL = frozenset(
-    "Addmm Addmv Baddbmm Bmm Cat Dot Mm Mv Scatter Stack WeightNormInterface".split()
+_OF_SEVERAL = frozenset("Addmm Addmv Baddbmm Bmm Cat Dot Mm Mv Scatter Stack".split())
+_COMPUTED = frozenset(
+    {*_OF_SEVERAL, *MIXING, "ConstantPadNd", "Diagonal", "LinalgMatrixExp", "Tril", "Triu"}
 )
-_COMPUTED = frozenset({*_OF_SEVERAL, *MIXING, "ConstantPadNd", "Tril", "Triu"})

@@ -153,6 +153,8 @@ class Bags:
         return tables.reshape(count, *self.shape)
 
     def square_sum(self, chunk: int | None) -> Tensor:  # noqa: ARG002
+        if not len(self.indices):
+            return norms.zero(self.rows.device)
         # Equal rows of one example lie side by side once sorted, and are numbered from 0.
         order = (self.owners * self.shape[0] + self.indices).sort(stable=True)
         places = pad((order.values[1:] != order.values[:-1]).long(), (1, 0)).cumsum(dim=0)
@@ -277,6 +279,9 @@ class Use:
         return None
 
 
+# Share of its terms' size under which a sum in single precision has lost too many digits.
+_CANCELLED = 0.01
+
 # Elements of a kernel's row times channels below which its rows are taken all at once.
 _NARROW = 32
 
@@ -299,7 +304,9 @@ def total_square_sum(uses: Sequence[Use], chunk: int | None) -> Tensor:
         products = [use.term for use in uses if isinstance(use.term, Product)]
         lookups = [use.term for use in uses if isinstance(use.term, Lookup)]
         if len(products) + len(lookups) == len(uses):
-            return _together(products, lookups, chunk)
+            together = _together(products, lookups, chunk)
+            if together is not None:
+                return together
     examples, shape = uses[0].term.examples, uses[0].shape
     chunks = norms.parts(examples, 2 * math.prod(shape), chunk)
     return torch.stack([norms.square(form(uses, part)) for part in chunks]).sum()
@@ -311,8 +318,13 @@ def form(uses: Sequence[Use], part: slice) -> Tensor:
     return formed[0] if len(formed) == 1 else torch.stack(formed).sum(dim=0)
 
 
-def _together(products: Sequence[Product], lookups: Sequence[Lookup], chunk: int | None) -> Tensor:
-    """Return the sum for uses of one parameter as a matrix, and as a table."""
+def _together(
+    products: Sequence[Product], lookups: Sequence[Lookup], chunk: int | None
+) -> Tensor | None:
+    """Return the sum for uses of one parameter as a matrix, and as a table.
+
+    None if these cancel each other, where it can be seen, so that rounding errors would show.
+    """
     sums = []
     if products:
         left = torch.cat([norms.at_least_single(product.left) for product in products], dim=2)
@@ -330,4 +342,8 @@ def _together(products: Sequence[Product], lookups: Sequence[Lookup], chunk: int
             taken = indices[part, None].expand(-1, left.shape[1], -1)
             terms = left[part].gather(2, taken) * (right[part] @ rows[part].mT)
             sums.append(2.0 * terms.sum(dtype=torch.float64))
-    return torch.stack(sums).sum().clamp_min(0.0)
+    total = torch.stack(sums).sum()
+    is_mixed = products and lookups and norms.may_look(total.device)
+    if is_mixed and not bool(total > _CANCELLED * torch.stack(sums).abs().sum()):
+        return None
+    return total.clamp_min(0.0)

@@ -1,14 +1,15 @@
 """Operations without a rule, tried out: where their examples lie, and what each one gives.
 
-Guarantees: a position is accepted only if it is the single one at which an example's cotangent
-stays with that example; nothing is guessed where several would do. Autograd nodes are called as the
-backward pass calls them, with the cotangent of one example and zeros for the others.
+Guarantees: a position is accepted only if it is the single one at which the cotangents of examples
+stay with them, for every pair; nothing is guessed where several would do. Autograd nodes are called
+as the backward pass calls them, with the cotangents of some examples and zeros for the others.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from torch import Tensor
 from cabs_torch import norms
 from cabs_torch.joins import Join
 from cabs_torch.layout import Layout, MixedError
-from cabs_torch.nodes import Node, call, is_own_function, is_packed, shape_of
+from cabs_torch.nodes import Node, call, is_own_function, is_packed, shape_of, zeros_for
 from cabs_torch.terms import Formed, Term
 
 
@@ -24,14 +25,39 @@ def check(node: Node) -> None:
     """Raise if a node cannot be called apart from the backward pass.
 
     Raises:
-        MixedError: If it is that of a compiled function, which overwrites what it saved.
+        MixedError: If it is that of a compiled function, which overwrites what it saved, or of a
+            function that does so.
         HiddenError: If it runs a backward pass of its own.
     """
     if node.name() == "CompiledFunctionBackward":
         raise MixedError("is a compiled function; compile the step with cabs_torch.compile")
-    if is_own_function(node) and not is_packed(node):
-        described = node._input_metadata
-        call(node, [torch.zeros(d.shape, dtype=d.dtype, device=d.device) for d in described])
+    if not is_own_function(node) or is_packed(node):
+        return
+    attributes: dict[str, Any] = node.__dict__
+    kept = dict(attributes)
+    before = [(one, one.detach().clone(), one._version) for one in _tensors(kept)]
+    try:
+        call(node, zeros_for(node))
+    finally:
+        is_changed = attributes.keys() != kept.keys()
+        attributes.clear()
+        attributes.update(kept)
+        for one, copy, version in before:
+            if one._version != version:
+                is_changed = True
+                one.detach().copy_(copy)
+    if is_changed:
+        raise MixedError("changes in its backward pass what it kept")
+
+
+def _tensors(kept: Any) -> list[Tensor]:
+    """Return the tensors that a function keeps, in attributes of its own."""
+    if isinstance(kept, Tensor):
+        return [kept]
+    if isinstance(kept, dict):
+        kept = list(kept.values())
+    inner = kept if isinstance(kept, (list, tuple)) else ()
+    return [tensor for one in inner for tensor in _tensors(one)]
 
 
 def positions(node: Node, output: int, layout: Layout, index: int) -> Layout | None:
@@ -50,30 +76,37 @@ def positions(node: Node, output: int, layout: Layout, index: int) -> Layout | N
     pattern = torch.arange(math.prod(layout.shape), device=described.device).cos() + 1.5
     pattern = pattern.to(described.dtype).reshape(layout.shape)
     found: set[int] | None = None
-    for example in sorted({0, 1, layout.examples - 1}):
+    for members in _halves(layout.examples):
         cotangents: list[Tensor | None] = [None] * len(node._input_metadata)
-        cotangents[output] = layout.only(pattern, example)
+        cotangents[output] = layout.only(pattern, members)
         gradient = call(node, cotangents)[index]
         if gradient is not None:
-            places = _outers(gradient, layout.examples, example)
+            places = _outers(gradient, layout.examples, members)
             found = places if found is None else found & places
     if found is None:
         return None
     if len(found) != 1:
         problem = "they could lie in several ways in" if found else "they are mixed in"
-        raise MixedError(f"has no rule; tried out with single examples, {problem} its input")
+        raise MixedError(f"has no rule; tried out with some of the examples, {problem} its input")
     return Layout(shape_of(node.next_functions[index]), found.pop(), layout.examples)
 
 
-def _outers(gradient: Tensor, examples: int, example: int) -> set[int]:
-    """Return the positions at which a gradient is that of one example alone."""
+def _halves(examples: int) -> Iterator[list[int]]:
+    """Yield sets of examples; for any two examples one set holds the first but not the second."""
+    for bit in range((examples - 1).bit_length()):
+        for value in (0, 1):
+            yield [example for example in range(examples) if example >> bit & 1 == value]
+
+
+def _outers(gradient: Tensor, examples: int, members: list[int]) -> set[int]:
+    """Return the positions at which a gradient is that of some examples alone."""
     found, before = set(), 1
     for size in gradient.shape:
         for inside in range(1, size // examples + 1):
             if size % (inside * examples) == 0:
                 outer = before * inside
                 blocks = gradient.reshape(outer, examples, -1).clone()
-                blocks[:, example] = 0.0
+                blocks[:, members] = 0.0
                 if not bool(blocks.any()):
                     found.add(outer)
         before *= size
@@ -118,7 +151,7 @@ class Calls:
         alone = [
             None
             if one is None or number not in self._layouts
-            else self._layouts[number].only(one, example)
+            else self._layouts[number].only(one, [example])
             for number, one in enumerate(cotangents)
         ]
         return call(self._node, alone)
