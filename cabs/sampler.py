@@ -36,8 +36,9 @@ class BatchSampler:
     Iterating yields the rest of the current epoch: after a ``break``, or in a sampler that was
     restored in the middle of one, the next loop goes on where the last one stopped. With several
     ranks, each draws its share of every batch; the shares differ by at most one example, so weigh
-    gradients by them. A short last batch can leave a rank without an example, and one example alone
-    shows no variance; ``drop_last`` avoids both.
+    gradients by them. A short last batch can leave a rank without an example; ``drop_last`` avoids
+    that. One example alone shows no variance, so none is left over for the last batch of an epoch:
+    the batch before it gives one up, or takes it.
 
     Args:
         examples: How many examples there are.
@@ -132,7 +133,7 @@ class BatchSampler:
             self._position = 0
             self._order = None
             return None
-        size = min(size, left)
+        size = self._not_leaving_one(min(size, left), left)
         if self._order is None:
             self._order = self._order_of(self._epoch)
         first = start + size * self.rank // self.world_size
@@ -140,6 +141,12 @@ class BatchSampler:
         # Moved on before the batch is handed out: a state saved in the loop's body counts it.
         self._position = start + size
         return self._order[first:last]
+
+    def _not_leaving_one(self, size: int, left: int) -> int:
+        """Return a batch's size, changed by one if a single example would be the last batch."""
+        if left - size != 1 or size == 1 or self.drop_last:
+            return size
+        return size - 1 if size - 1 >= max(2, self.world_size) else size + 1
 
     def _order_of(self, epoch: int) -> npt.NDArray[np.int64]:
         """Return the order of an epoch, shape (examples,)."""

@@ -127,7 +127,7 @@ def test_a_loop_that_stopped_goes_on_where_it_was():
     for indices in sampler:
         assert indices.tolist() == [0, 1, 2]
         break
-    assert drawn(sampler) == [[3, 4, 5], [6, 7, 8], [9]]
+    assert drawn(sampler) == [[3, 4, 5], [6, 7], [8, 9]]
 
 
 def test_orders_differ_between_epochs_and_seeds_and_sizes_do_not_change_them():
@@ -172,7 +172,20 @@ def test_ranks_drop_the_same_last_examples():
 def test_it_is_a_batch_sampler_for_anybody_who_iterates():
     sampler = BatchSampler(7, 3, shuffle=False)
     assert repr(sampler) == "BatchSampler(examples=7, epoch=0, position=0, rank=0 of 1)"
-    assert [len(batch) for batch in sampler] == [3, 3, 1]
+    assert [len(batch) for batch in sampler] == [3, 2, 2]
+
+
+@given(st.integers(2, 60), st.integers(2, 20), st.integers(1, 3))
+def test_no_batch_is_left_with_a_single_example(examples, size, world_size):
+    sampler = BatchSampler(examples, max(size, world_size), world_size=world_size)
+    sizes, before = [], 0
+    for _ in sampler:
+        # At the end of the epoch the position starts anew.
+        sizes.append(sampler.position - before)
+        before = sampler.position
+    assert sum(sizes) == examples
+    assert min(sizes) >= 2
+    assert max(sizes) <= max(size, world_size) + 1
 
 
 def test_every_position_is_as_likely_for_every_example():
