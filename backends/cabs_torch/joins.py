@@ -17,7 +17,8 @@ from cabs_torch import norms
 from cabs_torch.carriers import along_examples, broadcast, leading, of_input
 from cabs_torch.layout import Layout, MixedError, Shape
 from cabs_torch.nodes import Node, check_saved, name_of, saved, signed
-from cabs_torch.terms import Bags, Formed, Lookup, Product, Term, Windows
+from cabs_torch.terms import Bags, Formed, Lookup, Product, Term
+from cabs_torch.windows import Windows
 
 
 class Join(NamedTuple):

@@ -104,10 +104,29 @@ def _pairs(left: Tensor, right: Tensor) -> Tensor:
         if terms.shape[2] > end - start:
             total += 2.0 * terms[:, :, end - start :].sum(dim=(1, 2))
     summed: Tensor = total.double().sum()
-    if not bool(bound.double().square().sum() <= _CANCELLING * left.shape[1] * summed):
-        # Not a number compares false, and comes here too.
+    if _has_cancelled(bound, summed, left.shape[1]):
         return square(left.double().mT @ right.double())
     return summed
+
+
+def of_pairs(left: Tensor, right: Tensor) -> Tensor | None:
+    """Return the sum over examples and pairs of the product of two matrices, shape (n, T, T).
+
+    None if the terms of an example cancel so much that rounding errors would show.
+    """
+    diagonals = left.diagonal(dim1=1, dim2=2) * right.diagonal(dim1=1, dim2=2)
+    bound = diagonals.clamp_min(0.0).sqrt().sum(dim=1)
+    total: Tensor = (left * right).sum(dim=(1, 2)).double().sum()
+    return None if _has_cancelled(bound, total, left.shape[1]) else total
+
+
+def _has_cancelled(bound: Tensor, total: Tensor, length: int) -> bool:
+    """Return whether sums over pairs of rows are too small for the size of their terms.
+
+    ``bound`` is the square root of the size of an example's terms, shape (n,).
+    """
+    # Not a number compares false, and has.
+    return not bool(bound.double().square().sum() <= _CANCELLING * length * total)
 
 
 def _gram(rows: Tensor, start: int, end: int) -> Tensor:

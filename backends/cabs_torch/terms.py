@@ -7,10 +7,9 @@ gradients of its uses are added before they are squared.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -164,80 +163,6 @@ class Bags:
 
 
 @dataclass(frozen=True)
-class Windows:
-    """Gradients of a convolution's weight.
-
-    ``inputs`` has shape (n, F, channels in, *spatial) and ``cotangents`` (n, F, channels out,
-    *positions), with F frames an example; ``shape`` is the weight's, (channels out, channels in /
-    groups, *kernel). Stride, padding and dilation are one number per spatial axis.
-    """
-
-    inputs: Tensor
-    cotangents: Tensor
-    shape: Shape
-    stride: Sequence[int]
-    padding: Sequence[int]
-    dilation: Sequence[int]
-    groups: int
-
-    @property
-    def examples(self) -> int:
-        return len(self.inputs)
-
-    def form(self, part: slice) -> Tensor:
-        some = replace(self, inputs=self.inputs[part], cotangents=self.cotangents[part])
-        return some._gradients().movedim(0, 3).reshape(-1, *self.shape)
-
-    def square_sum(self, chunk: int | None) -> Tensor:
-        window = self.inputs[0].numel() * self.shape[-1]
-        total = norms.zero(self.inputs.device)
-        for part in norms.parts(self.examples, window + self.cotangents[0].numel(), chunk):
-            some = replace(self, inputs=self.inputs[part], cotangents=self.cotangents[part])
-            total += norms.square(some._gradients())
-        return total
-
-    def _gradients(self) -> Tensor:
-        """Return the gradients of the weight's parts, (parts, n, out, in / groups, elements).
-
-        A part is one row of the kernel along its last axis, or, where that would be too little for
-        a product of matrices, the whole kernel.
-        """
-        kernel, positions = self.shape[2:], self.cotangents.shape[3:]
-        rank = len(kernel)
-        at_once = rank if self.shape[1] * kernel[-1] < _NARROW else 1
-        inputs = norms.at_least_single(self.inputs)
-        if any(self.padding):
-            inputs = pad(
-                inputs, [side for width in reversed(self.padding) for side in (width,) * 2]
-            )
-        for axis in range(rank - at_once, rank):
-            reach = (kernel[axis] - 1) * self.dilation[axis] + 1
-            windows = inputs.unfold(3 + axis, reach, self.stride[axis])
-            inputs = windows.narrow(3 + axis, 0, positions[axis])[..., :: self.dilation[axis]]
-        # (n, channels, elements of the kernel, frames, positions): the last two lie together.
-        elements = range(3 + rank, 3 + rank + at_once)
-        inputs = inputs.permute(0, 2, *elements, 1, *range(3, 3 + rank)).contiguous()
-        cotangents = norms.at_least_single(self.cotangents).transpose(1, 2)
-        columns = math.prod(positions) * self.inputs.shape[1]
-        width = math.prod(inputs.shape[2 : 2 + at_once]) * self.shape[1]
-        offsets = list(itertools.product(*map(range, kernel[: rank - at_once])))
-        batch = self.examples * self.groups
-        cotangents = cotangents.reshape(batch, -1, columns)
-        gradients = inputs.new_empty(len(offsets), batch, cotangents.shape[1], width)
-        for offset, gradient in zip(offsets, gradients, strict=True):
-            seen = inputs
-            for axis, start in enumerate(offset):
-                place, stride = axis + 3 + at_once, self.stride[axis]
-                seen = seen.narrow(
-                    place, start * self.dilation[axis], (positions[axis] - 1) * stride + 1
-                )
-                if stride > 1:
-                    seen = seen[(slice(None),) * place + (slice(None, None, stride),)]
-            torch.bmm(cotangents, seen.reshape(batch, width, columns).mT, out=gradient)
-        return gradients.reshape(len(offsets), self.examples, *self.shape[:2], -1)
-
-
-@dataclass(frozen=True)
 class Use:
     """A term, and the operations between it and the parameter, which rearrange that."""
 
@@ -281,9 +206,6 @@ class Use:
 
 # Share of its terms' size under which a sum in single precision has lost too many digits.
 _CANCELLED = 0.01
-
-# Elements of a kernel's row times channels below which its rows are taken all at once.
-_NARROW = 32
 
 
 def total_square_sum(uses: Sequence[Use], chunk: int | None) -> Tensor:

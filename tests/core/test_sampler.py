@@ -48,12 +48,13 @@ def test_every_epoch_is_a_partition_whatever_sizes_arrive(examples, sizes, seed,
 @given(examples, sizes, seeds, st.integers(1, 6))
 def test_the_ranks_together_draw_every_example_once(examples, sizes, seed, world_size):
     sizes = [max(size, world_size) for size in sizes]
-    alone = drawn(BatchSampler(examples, Sizes(sizes), seed=seed))
     ranks = [
         drawn(BatchSampler(examples, Sizes(sizes), seed=seed, rank=rank, world_size=world_size))
         for rank in range(world_size)
     ]
-    assert [flat(shares) for shares in zip(*ranks, strict=True)] == alone
+    # The order is that of a single rank, whose batches can differ by one at the end.
+    alone = drawn(BatchSampler(examples, Sizes(sizes), seed=seed))
+    assert flat(flat(shares) for shares in zip(*ranks, strict=True)) == flat(alone)
     for shares in zip(*ranks, strict=True):
         lengths = [len(share) for share in shares]
         assert max(lengths) - min(lengths) <= 1
