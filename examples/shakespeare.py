@@ -71,9 +71,9 @@ def arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--text", type=Path, required=True, help="a file of plain text")
-    parser.add_argument("--learning-rate", type=float, default=0.2)
+    parser.add_argument("--learning-rate", type=float, default=0.3)
     parser.add_argument("--steps", type=int, default=1000)
-    parser.add_argument("--length", type=int, default=64, help="characters in an example")
+    parser.add_argument("--length", type=int, default=32, help="characters in an example")
     parser.add_argument("--width", type=int, default=96)
     parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--layers", type=int, default=3)
@@ -103,7 +103,7 @@ def main() -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=options.learning_rate)
 
     # An example is many characters, whose gradients are averaged: few examples are enough.
-    sizes = cabs.BatchSizes.range(2, min(512, len(examples)))
+    sizes = cabs.BatchSizes.range(4, min(512, len(examples)))
     controller = cabs.Controller(min(16, len(examples)), sizes=sizes)
     sampler = cabs.BatchSampler(len(examples), controller, seed=options.seed)
     options.out.mkdir(parents=True, exist_ok=True)
