@@ -68,7 +68,7 @@ class Accumulation:
             raise ValueError("parameters must hold one that requires gradients, got none")
         self._device = self._parameters[0].device
         self._partial = PartialStatistics()
-        self._before = self._no_sums()
+        self._before = self._no_roots()
 
     def backward(self, loss: Tensor, *, examples: int, scaler: Any = None) -> None:
         """Do the backward pass of a microbatch's share of the batch's mean loss.
@@ -100,12 +100,12 @@ class Accumulation:
         share = examples / self._batch_size
         scaled = loss * share if scaler is None else scaler.scale(loss * share)
         self._scale = 1.0 if scaler is None else scaler.scale(torch.ones_like(loss)).double()
-        squares = self._no_sums()
+        roots = self._no_roots()
         seen: set[int] = set()
         # The nodes are held until the end, so that they are those that the graph has.
         nodes = [get_gradient_edge(parameter).node for parameter in self._parameters]
         hooks = [
-            node.register_prehook(partial(self._see, squares, seen, parameter))
+            node.register_prehook(partial(self._see, roots, seen, parameter))
             for node, parameter in zip(nodes, self._parameters, strict=True)
         ]
         try:
@@ -113,7 +113,7 @@ class Accumulation:
         finally:
             for hook in hooks:
                 hook.remove()
-        summed = self._summed(squares) / (share * self._scale) ** 2
+        summed = self._summed(roots) / (share * self._scale) ** 2
         self._partial += PartialStatistics.of_group(examples, summed)
 
     def complete(self) -> BatchStatistics:
@@ -144,15 +144,15 @@ class Accumulation:
 
     def _start(self) -> None:
         """Look at what gradients hold before the first microbatch."""
-        self._before = self._no_sums()
+        self._before = self._no_roots()
         for parameter in self._parameters:
             if parameter.grad is not None:
                 number = self._numbers[id(parameter)]
-                self._before[number].append(norms.square_of_gradient(parameter.grad))
+                self._before[number].extend(norms.roots(parameter.grad))
 
     def _see(
         self,
-        squares: list[list[Tensor]],
+        roots: list[list[Tensor]],
         seen: set[int],
         parameter: Tensor,
         gradients: tuple[Tensor | None, ...],
@@ -165,12 +165,11 @@ class Accumulation:
                 "checkpoints do; use checkpoints with use_reentrant=False"
             )
         seen.add(id(parameter))
-        squares[self._numbers[id(parameter)]].append(norms.square_of_gradient(gradients[0]))
+        roots[self._numbers[id(parameter)]].extend(norms.roots(gradients[0]))
 
-    def _no_sums(self) -> list[list[Tensor]]:
+    def _no_roots(self) -> list[list[Tensor]]:
         return [[] for _ in range(self._count)]
 
-    def _summed(self, squares: list[list[Tensor]]) -> Tensor:
-        start = norms.zero(self._device)
-        sums = [torch.stack([start, *(v.to(self._device) for v in some)]).sum() for some in squares]
+    def _summed(self, roots: list[list[Tensor]]) -> Tensor:
+        sums = [norms.squares_of(some, self._device) for some in roots]
         return torch.stack(sums) if self._is_grouped else sums[0]

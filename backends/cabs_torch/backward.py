@@ -19,7 +19,7 @@ from cabs_torch import norms
 from cabs_torch.errors import describe
 from cabs_torch.graph import Policy, Walk
 from cabs_torch.layout import Layout
-from cabs_torch.measure import Measurement, Sums, total
+from cabs_torch.measure import Measurement, Sums, by_group
 from cabs_torch.nodes import Node
 from cabs_torch.options import Groups, as_groups, at_least
 from cabs_torch.statistics import BatchStatistics
@@ -126,13 +126,18 @@ def backward(
     # What flows back is an example's gradient times 1/m, as the type of the losses and the scaler
     # have it: in half precision not quite 1/m.
     factor = share[0].double()
-    kept = wanted or Groups({}, 1)
+    kept, device = wanted or Groups({}, 1), losses.device
+
+    def parts(sums: Sums) -> list[list[Tensor]]:
+        return by_group(sums, kept.numbers, kept.count, device)
 
     def summed(sums: Sums) -> Tensor:
-        return total(sums, kept.numbers, kept.count, losses.device)
+        start = norms.zero(device)
+        return torch.stack([torch.stack([start, *values]).sum() for values in parts(sums)])
 
     squares = summed(measurement.squares) * (examples / measured_examples) / factor**2
-    means = summed(measurement.means) / (factor * examples) ** 2
+    roots = [norms.squares_of(vectors, device) for vectors in parts(measurement.roots)]
+    means = torch.stack(roots) / (factor * examples) ** 2
     squares, means = squares + summed(estimated[0]), means + summed(estimated[1])
     if wanted is None:
         squares, means = squares.squeeze(0), means.squeeze(0)

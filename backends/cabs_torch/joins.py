@@ -333,7 +333,11 @@ def _scaled(
 def _collected(taken: Tensor, layout: Layout, shape: Shape) -> Tensor:
     """Return what examples' parts are worth to a tensor of ``shape`` that was broadcast to them."""
     aligned = [1] * (len(layout.shape) - len(shape)) + list(shape)
-    summed = [place for place, size in enumerate(aligned, start=1) if size == 1]
+    summed = [
+        place for place, size in enumerate(aligned, start=1) if size == 1 and taken.shape[place] > 1
+    ]
+    if not summed:
+        return taken
     return taken.sum(dim=summed, dtype=norms.single_or_double(taken))
 
 

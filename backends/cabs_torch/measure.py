@@ -39,8 +39,8 @@ class Measurement:
     def __init__(self, walk: Walk, examples: int, chunk: int | None) -> None:
         self.squares: Sums = defaultdict(list)
         """Over examples, of the norms of their shares of a gradient."""
-        self.means: Sums = defaultdict(list)
-        """Of the gradient itself."""
+        self.roots: Sums = defaultdict(list)
+        """Vectors with the sum of squares of the gradient itself, see :func:`norms.roots`."""
         self._examples = examples
         self._chunk = chunk
         self._segments = walk.segments
@@ -82,7 +82,7 @@ class Measurement:
         tensors = [one for one in inputs if isinstance(one, Tensor)]
         walk = Walk(starts, strict=False, inputs=tensors, wanted=self._hidden)
         inside = self._hooks.enter_context(Measurement(walk, self._examples, self._chunk))
-        inside.squares, inside.means = self.squares, self.means
+        inside.squares, inside.roots = self.squares, self.roots
 
     def _watch(
         self, hooks: ExitStack, node: Node, see: Callable[[Sequence[Tensor | None]], None]
@@ -119,7 +119,7 @@ class Measurement:
                     )
                     for leaf, gradient in zip(leaves, gradients, strict=True):
                         if gradient is not None and self._sources[leaf] == 1:
-                            self.squares[leaf].append(norms.square_of_gradient(gradient))
+                            self.squares[leaf].append(norms.square(gradient))
                         elif gradient is not None:
                             pushed[leaf].append(gradient.to_dense())
         finally:
@@ -134,7 +134,7 @@ class Measurement:
         if uses:
             self.squares[leaf].append(total_square_sum(uses, self._chunk))
         if gradient is not None:
-            self.means[leaf].append(norms.square_of_gradient(gradient))
+            self.roots[leaf].extend(norms.roots(gradient))
 
 
 @contextmanager
@@ -152,9 +152,11 @@ def _exact(tensors: Sequence[Tensor | None]) -> Iterator[None]:
         yield
 
 
-def total(sums: Sums, groups: Mapping[int, int], count: int, device: torch.device) -> Tensor:
-    """Return the sums by parameter group, shape (count,)."""
-    parts: list[list[Tensor]] = [[norms.zero(device)] for _ in range(count)]
+def by_group(
+    sums: Sums, groups: Mapping[int, int], count: int, device: torch.device
+) -> list[list[Tensor]]:
+    """Return what belongs to each parameter group."""
+    parts: list[list[Tensor]] = [[] for _ in range(count)]
     for leaf, values in sums.items():
         parts[groups.get(id(leaf.variable), 0)].extend(value.to(device) for value in values)
-    return torch.stack([torch.stack(values).sum() for values in parts])
+    return parts

@@ -9,7 +9,7 @@ Every sum is a 0-d float64 tensor.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 
@@ -135,24 +135,33 @@ def _gram(rows: Tensor, start: int, end: int) -> Tensor:
 
 
 def square(tensor: Tensor) -> Tensor:
-    """Return the sum of squares of all elements.
+    """Return the sum of squares of all elements."""
+    return squares_of(roots(tensor), tensor.device)
+
+
+def roots(tensor: Tensor) -> list[Tensor]:
+    """Return vectors that have together the same sum of squares, but few elements.
 
     A single sum of ten million float32 squares loses three digits, and is not faster than a sum in
-    double precision of blocks that are summed in single.
+    double precision of blocks that are summed in single. ``tensor`` can be sparse.
     """
-    flat = at_least_single(tensor).flatten()
+    dense = tensor.coalesce().values() if tensor.is_sparse else tensor
+    flat = at_least_single(dense).flatten()
     whole = flat.numel() // _BLOCK * _BLOCK
     if not whole:
-        return _squared(torch.linalg.vector_norm(flat))
-    blocks = _squared(torch.linalg.vector_norm(flat[:whole].view(-1, _BLOCK), dim=1)).sum()
-    if whole == flat.numel():
-        return blocks
-    return blocks + _squared(torch.linalg.vector_norm(flat[whole:]))
+        return [torch.linalg.vector_norm(flat).reshape(1)]
+    blocks = [torch.linalg.vector_norm(flat[:whole].view(-1, _BLOCK), dim=1)]
+    if whole < flat.numel():
+        blocks.append(torch.linalg.vector_norm(flat[whole:]).reshape(1))
+    return blocks
 
 
-def square_of_gradient(gradient: Tensor) -> Tensor:
-    """Return the same for a gradient, which can be sparse."""
-    return square(gradient.coalesce().values() if gradient.is_sparse else gradient)
+def squares_of(found: Sequence[Tensor], device: torch.device) -> Tensor:
+    """Return the sum of squares of vectors, such as :func:`roots` gives."""
+    if not found:
+        return zero(device)
+    total: Tensor = torch.cat([one.to(device) for one in found]).double().square().sum()
+    return total
 
 
 def zero(device: torch.device) -> Tensor:

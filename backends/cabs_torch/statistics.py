@@ -90,5 +90,5 @@ def mean_square(parameters: Iterable[Tensor] | Any) -> Tensor:
     given = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if not given:
         raise ValueError("parameters must hold gradients, got none; call backward first")
-    device = given[0].device
-    return torch.stack([norms.square_of_gradient(gradient).to(device) for gradient in given]).sum()
+    roots = [root for gradient in given for root in norms.roots(gradient)]
+    return norms.squares_of(roots, given[0].device)

@@ -2,79 +2,129 @@
 
     python tests/benchmarks/steps_torch.py
 
-Writes JSON with --json FILE.
+Time is a ratio of neighbouring steps, on to off, with its quartiles; memory one of peaks, of
+processes of their own, above what the import of PyTorch takes. Writes JSON with --json FILE.
 """
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 
 import torch
+from networks_torch import NETWORKS, Batch, batch
 from rounds import describe, measure, options, quartiles, write
-from torch import nn
-from torch.nn.functional import cross_entropy
 
 import cabs_torch
 
-# Name, batch size, shape of an input, pairs of rounds, network.
-NETWORKS: dict[str, tuple[int, tuple[int, ...], int, Callable[[], nn.Module]]] = {
-    "MLP 784-1024-1024-10": (
-        256,
-        (784,),
-        31,
-        lambda: nn.Sequential(
-            nn.Linear(784, 1024),
-            nn.ReLU(),
-            nn.Linear(1024, 1024),
-            nn.ReLU(),
-            nn.Linear(1024, 10),
-        ),
-    ),
-    "the paper's CIFAR-10 network": (
-        128,
-        (3, 24, 24),
-        15,
-        lambda: nn.Sequential(
-            *(nn.Conv2d(3, 64, 5, padding=2), nn.ReLU(), nn.MaxPool2d(3, 2, 1)),
-            *(nn.Conv2d(64, 64, 5, padding=2), nn.ReLU(), nn.MaxPool2d(3, 2, 1)),
-            *(nn.Flatten(), nn.Linear(64 * 6 * 6, 384), nn.ReLU()),
-            *(nn.Linear(384, 192), nn.ReLU(), nn.Linear(192, 10)),
-        ),
-    ),
+# Microbatches in which a batch is taken for statistics from groups.
+GROUPS = 4
+
+
+def plain(data: Batch) -> None:
+    """Take a step without statistics."""
+    data.model.zero_grad()
+    data.losses().mean().backward()
+
+
+def full(data: Batch) -> None:
+    """Take a step with exact statistics."""
+    data.model.zero_grad()
+    cabs_torch.backward(data.losses())
+
+
+def sampled(data: Batch) -> None:
+    """Take a step with norms over a quarter of the examples."""
+    data.model.zero_grad()
+    cabs_torch.backward(data.losses(), sample=len(data.inputs) // 4)
+
+
+def parts(data: Batch) -> list[slice]:
+    """Return the batch's microbatches."""
+    size = len(data.inputs) // GROUPS
+    return [slice(start, start + size) for start in range(0, len(data.inputs), size)]
+
+
+def accumulated(data: Batch) -> None:
+    """Accumulate gradients without statistics."""
+    data.model.zero_grad()
+    for part in parts(data):
+        (data.losses(part).mean() * (1 / GROUPS)).backward()
+
+
+def grouped(data: Batch) -> None:
+    """Accumulate gradients with statistics from groups."""
+    data.model.zero_grad()
+    examples = len(data.inputs)
+    accumulation = cabs_torch.Accumulation(data.model.parameters(), batch_size=examples)
+    for part in parts(data):
+        accumulation.backward(data.losses(part).mean(), examples=examples // GROUPS)
+    accumulation.complete()
+
+
+# What is measured, and against what.
+STEPS: dict[str, tuple[Callable[[Batch], None], Callable[[Batch], None]]] = {
+    "exact": (plain, full),
+    "exact, a quarter of the examples": (plain, sampled),
+    "groups, 4 microbatches": (accumulated, grouped),
 }
+
+
+def peak(name: str, step: str) -> int:
+    """Return the peak memory of some steps, in KiB above what an import takes."""
+    command = [sys.executable, __file__, "--peak", name, step]
+    folder = Path(__file__).parent
+    run = subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True)
+    return int(run.stdout)
+
+
+def report_peak(name: str, step: str) -> None:
+    """Run some steps in this process, and print the peak."""
+    torch.set_num_threads(2)
+    before = high_water_mark()
+    data = batch(name)
+    for _ in range(3):
+        globals()[step](data)
+    print(high_water_mark() - before)
+
+
+def high_water_mark() -> int:
+    """Return the most memory that this process has had so far, in KiB; on Linux."""
+    # Not getrusage(), which starts from what the parent process had.
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    return int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1])
 
 
 def main() -> None:
     """Measure, print, and write."""
     chosen = options(__doc__)
     torch.set_num_threads(2)
-    torch.manual_seed(0)
-    result: dict[str, object] = {**describe(), "torch": torch.__version__}
-    for name, (examples, shape, pairs, build) in NETWORKS.items():
-        model, inputs = build(), torch.randn(examples, *shape)
-        targets = torch.randint(10, (examples,))
-
-        def losses(
-            model: nn.Module = model,
-            inputs: torch.Tensor = inputs,
-            targets: torch.Tensor = targets,
-        ) -> torch.Tensor:
-            model.zero_grad()
-            return cross_entropy(model(inputs), targets, reduction="none")
-
-        off, on = measure(
-            pairs,
-            lambda losses=losses: losses().mean().backward(),
-            lambda losses=losses: cabs_torch.backward(losses()),
-        )
-        ratio = quartiles([b / a for a, b in zip(off, on, strict=True)])
-        result[name] = {"on : off": ratio, "milliseconds off": quartiles([1e3 * a for a in off])}
-        print(
-            f"{name}, m = {examples}: on : off {ratio['median']:.3f} "
-            f"({ratio['lower']:.3f} to {ratio['upper']:.3f})"
-        )
+    result: dict[str, object] = {**describe(), "torch": torch.__version__, "threads": 2}
+    for name, network in NETWORKS.items():
+        print(f"{name}, m = {network.examples}")
+        data, rows = batch(name), {}
+        for label, (off, on) in STEPS.items():
+            seconds = measure(network.pairs, partial(off, data), partial(on, data))
+            ratio = quartiles([b / a for a, b in zip(*seconds, strict=True)])
+            memory = peak(name, on.__name__) / peak(name, off.__name__)
+            rows[label] = {
+                "on : off": ratio,
+                "milliseconds off": quartiles([1e3 * one for one in seconds[0]]),
+                "memory, on : off": memory,
+            }
+            print(
+                f"  {label}: on : off {ratio['median']:.3f} "
+                f"({ratio['lower']:.3f} to {ratio['upper']:.3f}), memory {memory:.2f}"
+            )
+        result[name] = rows
     write(chosen, result)
 
 
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:2] == ["--peak"]:
+        report_peak(*sys.argv[2:])
+    else:
+        main()
