@@ -179,11 +179,6 @@ def _attention(node: Node, layout: Layout, shape: Shape) -> Layout | None:
     return broadcast(node, layout, shape)
 
 
-def _blocks(node: Node, layout: Layout, shape: Shape) -> Layout:
-    # y (E, p, r) = a (E, p, q) b (E, q, r) with matrices of each example's own.
-    return leading(node, layout, shape)
-
-
 def _recurrent(node: Node, layout: Layout, index: int, shape: Shape) -> Layout | None:
     # A sequence, weights, and two states. Sequences have three axes, and the batch first if cuDNN
     # was asked for that; states, (layers, batch, width) or (batch, width), have it next to last.
@@ -251,7 +246,6 @@ _RULES: dict[str, _Rule] = {
     **{f"ReplicationPad{rank}D": _spatial(rank) for rank in (1, 2, 3)},
     **dict.fromkeys(("NllLoss", "NllLoss2D"), _class_loss),
     **dict.fromkeys(("Col2Im", "GridSampler2D", "GridSampler3D", "Im2Col"), leading),
-    "Bmm": _blocks,
     "ConstantPadNd": _padded,
     "Index": _index,
     "PixelShuffle": _spatial(3),

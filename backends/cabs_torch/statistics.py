@@ -85,10 +85,12 @@ def mean_square(parameters: Iterable[Tensor] | Any) -> Tensor:
         >>> float(cabs_torch.mean_square([weight]))
         25.0
     """
-    if isinstance(parameters, torch.optim.Optimizer):
-        return torch.stack([mean_square(group["params"]) for group in parameters.param_groups])
-    given = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    if not given:
+    is_grouped = isinstance(parameters, torch.optim.Optimizer)
+    groups = [group["params"] for group in parameters.param_groups] if is_grouped else [parameters]
+    given = [[one.grad for one in group if one.grad is not None] for group in groups]
+    if not any(given):
         raise ValueError("parameters must hold gradients, got none; call backward first")
-    roots = [root for gradient in given for root in norms.roots(gradient)]
-    return norms.squares_of(roots, given[0].device)
+    device = next(gradient.device for gradients in given for gradient in gradients)
+    roots = [[root for one in gradients for root in norms.roots(one)] for gradients in given]
+    sums = [norms.squares_of(some, device) for some in roots]
+    return torch.stack(sums) if is_grouped else sums[0]

@@ -2,6 +2,8 @@
 
 import copy
 import shutil
+import sysconfig
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,11 +16,16 @@ from tests.torch.models import Residual, cross_entropy, squares
 # Inductor's own.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
+HEADERS = Path(sysconfig.get_path("include")) / "Python.h"
+
 BACKENDS = [
     "aot_eager",
     pytest.param(
         "inductor",
-        marks=pytest.mark.skipif(not shutil.which("g++"), reason="Inductor needs a C++ compiler"),
+        marks=pytest.mark.skipif(
+            not (shutil.which("g++") and HEADERS.exists()),
+            reason="Inductor needs a C++ compiler and Python's headers",
+        ),
     ),
 ]
 

@@ -262,6 +262,18 @@ def test_losses_of_inference_mode_are_refused():
         cabs_torch.backward(losses)
 
 
+def test_a_group_without_gradients_counts_as_zero():
+    layer, other = nn.Linear(3, 2), nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.SGD([{"params": [other]}, {"params": layer.parameters()}], 0.1)
+    accumulation = cabs_torch.Accumulation(optimizer, batch_size=4)
+    for _ in range(2):
+        accumulation.backward(layer(torch.randn(2, 3)).square().mean(), examples=2)
+    assert cabs_torch.mean_square(optimizer)[0] == 0.0
+    trace = accumulation.complete().variance_trace
+    assert trace[0] == 0.0
+    assert trace[1] > 0.0
+
+
 def test_mean_square_without_gradients_is_an_error():
     with pytest.raises(ValueError, match="parameters must hold gradients, got none"):
         cabs_torch.mean_square(nn.Linear(3, 2).parameters())

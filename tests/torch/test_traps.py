@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import cabs_torch
 from cabs import Controller
@@ -190,3 +191,76 @@ def test_autocast_in_the_model_is_exact_for_what_was_computed():
     statistics = cabs_torch.backward(losses)
     rows = gradients_one_by_one(model, cross_entropy, inputs, targets)
     torch.testing.assert_close(statistics.group_square_sum, rows.square().sum(), rtol=0.05, atol=0)
+
+
+def test_padding_ids_have_no_gradient():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Embedding(5, 4, padding_idx=2), nn.Flatten(), nn.Linear(12, 3)
+    ).double()
+    words = torch.tensor([[2, 2, 2], [0, 2, 0], [1, 1, 1], [2, 4, 3]])
+    assert_exact(model, squares, words, torch.randn(4).double())
+
+
+def test_tied_weights_are_added_before_they_are_squared():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(6, 4), nn.Tanh(), nn.Linear(4, 6, bias=False)).double()
+    model[2].weight = model[0].weight
+    words = torch.tensor([[0, 1, 0], [2, 2, 2], [5, 4, 3]])
+    assert_exact(model, lambda y, t: squares(y.flatten(1), t), words, torch.randn(3).double())
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpointing_recomputes_what_is_read_twice(reentrant):
+    torch.manual_seed(0)
+    block = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3)).double()
+    first, inputs = nn.Linear(3, 3).double(), torch.randn(4, 3).double()
+    plain = cabs_torch.backward(block(first(inputs)).square().sum(dim=1))
+    packed = checkpoint(block, first(inputs), use_reentrant=reentrant)
+    found = cabs_torch.backward(packed.square().sum(dim=1))
+    torch.testing.assert_close(found.variance_trace, plain.variance_trace, rtol=1e-12, atol=0.0)
+
+
+def test_loss_scaling_does_not_scale_the_statistics():
+    torch.manual_seed(0)
+    layer, inputs = nn.Linear(3, 2), torch.randn(4, 3)
+    scaler = torch.amp.GradScaler("cpu", init_scale=3.0)
+    plain = cabs_torch.backward(layer(inputs).square().sum(dim=1))
+    scaled = cabs_torch.backward(layer(inputs).square().sum(dim=1), scaler=scaler)
+    torch.testing.assert_close(scaled.variance_trace, plain.variance_trace)
+    torch.testing.assert_close(scaled.mean_square, plain.mean_square)
+
+
+def test_recurrent_cells_are_used_once_a_step():
+    torch.manual_seed(0)
+
+    class Unrolled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.cell = nn.RNNCell(3, 4)
+
+        def forward(self, inputs):
+            state = None
+            for step in inputs.unbind(1):
+                state = self.cell(step, state)
+            return state
+
+    assert_exact(
+        Unrolled().double(), squares, torch.randn(4, 5, 3).double(), torch.randn(4).double()
+    )
+
+
+def test_as_many_positions_as_examples_are_told_apart():
+    torch.manual_seed(0)
+    layer = nn.MultiheadAttention(4, 2)
+
+    class Moved(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = layer
+
+        def forward(self, inputs):
+            moved = inputs.transpose(0, 1)
+            return self.attention(moved, moved, moved)[0].transpose(0, 1)
+
+    assert_exact(Moved().double(), squares, torch.randn(4, 4, 4).double(), torch.randn(4).double())
