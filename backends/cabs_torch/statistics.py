@@ -85,12 +85,14 @@ def mean_square(parameters: Iterable[Tensor] | Any) -> Tensor:
         >>> float(cabs_torch.mean_square([weight]))
         25.0
     """
-    is_grouped = isinstance(parameters, torch.optim.Optimizer)
-    groups = [group["params"] for group in parameters.param_groups] if is_grouped else [parameters]
+    if isinstance(parameters, torch.optim.Optimizer):
+        groups = [group["params"] for group in parameters.param_groups]
+    else:
+        groups = [parameters]
     given = [[one.grad for one in group if one.grad is not None] for group in groups]
     if not any(given):
         raise ValueError("parameters must hold gradients, got none; call backward first")
     device = next(gradient.device for gradients in given for gradient in gradients)
     roots = [[root for one in gradients for root in norms.roots(one)] for gradients in given]
     sums = [norms.squares_of(some, device) for some in roots]
-    return torch.stack(sums) if is_grouped else sums[0]
+    return sums[0] if groups[0] is parameters else torch.stack(sums)
