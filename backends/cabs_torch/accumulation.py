@@ -1,8 +1,9 @@
 """Gradient statistics from groups of examples, for anything that has gradients.
 
 Guarantees: the gradients are those of accumulation without it, to the bit, and no copy of them is
-made; refuses gradients that were there before. Works for compiled models, fused and opaque layers
-and normalization over the batch alike, since it looks at nothing but gradients.
+made; gradients that were there before, or came from elsewhere, give no number. Works for compiled
+models, fused and opaque layers and normalization over the batch alike, since it looks at nothing
+but gradients.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from cabs import PartialStatistics
 from cabs_torch import norms
 from cabs_torch.errors import describe
 from cabs_torch.options import as_groups, at_least
-from cabs_torch.statistics import BatchStatistics, mean_square
+from cabs_torch.statistics import BatchStatistics
 
 
 class Accumulation:
@@ -53,22 +54,23 @@ class Accumulation:
 
     def __init__(self, parameters: Iterable[Tensor] | Any, *, batch_size: int) -> None:
         at_least(batch_size, "batch_size", 2, None)
+        self._is_grouped = isinstance(parameters, torch.optim.Optimizer)
         if isinstance(parameters, torch.optim.Optimizer):
-            self._source: Any = parameters
             groups = [group["params"] for group in parameters.param_groups]
         else:
-            self._source = list(parameters)
-            groups = [self._source]
-        self._is_grouped = isinstance(parameters, torch.optim.Optimizer)
+            groups = [list(parameters)]
         kept = as_groups(groups)
         self._numbers, self._count = kept.numbers, kept.count
-        self._batch_size = batch_size
         self._parameters = [one for group in groups for one in group if one.requires_grad]
         if not self._parameters:
             raise ValueError("parameters must hold one that requires gradients, got none")
         self._device = self._parameters[0].device
+        self._batch_size = batch_size
         self._partial = PartialStatistics()
-        self._before = self._no_roots()
+        self._scale: Tensor | float = 1.0
+        self._before = self._roots_of_gradients()
+        self._versions = self._states()
+        self._is_broken = False
 
     def backward(self, loss: Tensor, *, examples: int, scaler: Any = None) -> None:
         """Do the backward pass of a microbatch's share of the batch's mean loss.
@@ -80,7 +82,10 @@ class Accumulation:
 
         Raises:
             TypeError: If ``loss`` is no tensor.
-            ValueError: If it is not 0-d, or there are more examples than the batch has.
+            ValueError: If it is not 0-d or has no graph, or there are more examples than the batch
+                has.
+            RuntimeError: If gradients were changed since the last microbatch, a backward pass
+                failed, or a parameter is given its gradient in several parts.
         """
         if not isinstance(loss, Tensor):
             raise TypeError(f"loss must be a tensor, got {type(loss).__name__}")
@@ -95,24 +100,29 @@ class Accumulation:
                 f"microbatches must have {self._batch_size} examples together, got "
                 f"{self._partial.examples} before and {examples} now"
             )
-        if not self._partial.groups:
-            self._start()
+        if not loss.requires_grad:
+            raise ValueError("loss must carry a graph to the parameters; was it detached?")
+        self._check_gradients()
         share = examples / self._batch_size
         scaled = loss * share if scaler is None else scaler.scale(loss * share)
         self._scale = 1.0 if scaler is None else scaler.scale(torch.ones_like(loss)).double()
-        roots = self._no_roots()
+        roots: list[list[Tensor]] = [[] for _ in range(self._count)]
         seen: set[int] = set()
+        trained = [one for one in self._parameters if one.requires_grad]
         # The nodes are held until the end, so that they are those that the graph has.
-        nodes = [get_gradient_edge(parameter).node for parameter in self._parameters]
+        nodes = [get_gradient_edge(parameter).node for parameter in trained]
         hooks = [
             node.register_prehook(partial(self._see, roots, seen, parameter))
-            for node, parameter in zip(nodes, self._parameters, strict=True)
+            for node, parameter in zip(nodes, trained, strict=True)
         ]
+        self._is_broken = True
         try:
             scaled.backward()
         finally:
             for hook in hooks:
                 hook.remove()
+        self._is_broken = False
+        self._versions = self._states()
         summed = self._summed(roots) / (share * self._scale) ** 2
         self._partial += PartialStatistics.of_group(examples, summed)
 
@@ -126,29 +136,50 @@ class Accumulation:
         Raises:
             ValueError: If there were less than two microbatches, or they do not have as many
                 examples together as the batch.
+            RuntimeError: If gradients were changed since the last microbatch.
         """
-        partial_, self._partial = self._partial, PartialStatistics()
-        if partial_.groups < 2:
-            raise ValueError(f"at least two microbatches are needed, got {partial_.groups}")
-        if partial_.examples != self._batch_size:
+        whole = self._partial
+        if whole.groups < 2:
+            raise ValueError(f"at least two microbatches are needed, got {whole.groups}")
+        if whole.examples != self._batch_size:
             raise ValueError(
-                f"microbatches must have {self._batch_size} examples together, got "
-                f"{partial_.examples}"
+                f"microbatches must have {self._batch_size} examples together, got {whole.examples}"
             )
-        squares = mean_square(self._source) / self._scale**2
+        self._check_gradients()
+        squares = self._summed(self._roots_of_gradients()) / self._scale**2
         # No branch, which would wait for the device.
         nothing = torch.where(self._summed(self._before) == 0.0, 0.0, torch.nan)
+        self._partial = PartialStatistics()
         return BatchStatistics(
-            partial_.examples, partial_.groups, partial_.group_square_sum + nothing, squares
+            whole.examples, whole.groups, whole.group_square_sum + nothing, squares
         )
 
-    def _start(self) -> None:
-        """Look at what gradients hold before the first microbatch."""
-        self._before = self._no_roots()
+    def _check_gradients(self) -> None:
+        """Raise RuntimeError if gradients are not those of the microbatches so far."""
+        if self._is_broken:
+            raise RuntimeError(
+                "a backward pass of this accumulation has failed, and may have added a part of its "
+                "gradients; set them to zero and make a new cabs_torch.Accumulation"
+            )
+        if not self._partial.groups:
+            self._before = self._roots_of_gradients()
+        elif self._versions != self._states():
+            raise RuntimeError(
+                "gradients were changed between microbatches, by another backward pass, or by an "
+                "optimizer; set them to zero and make a new cabs_torch.Accumulation"
+            )
+
+    def _states(self) -> list[tuple[int, int] | None]:
+        """Return what changes with the gradients that parameters hold."""
+        gradients = [parameter.grad for parameter in self._parameters]
+        return [None if one is None else (id(one), one._version) for one in gradients]
+
+    def _roots_of_gradients(self) -> list[list[Tensor]]:
+        roots: list[list[Tensor]] = [[] for _ in range(self._count)]
         for parameter in self._parameters:
             if parameter.grad is not None:
-                number = self._numbers[id(parameter)]
-                self._before[number].extend(norms.roots(parameter.grad))
+                roots[self._numbers[id(parameter)]].extend(norms.roots(parameter.grad))
+        return roots
 
     def _see(
         self,
@@ -166,9 +197,6 @@ class Accumulation:
             )
         seen.add(id(parameter))
         roots[self._numbers[id(parameter)]].extend(norms.roots(gradients[0]))
-
-    def _no_roots(self) -> list[list[Tensor]]:
-        return [[] for _ in range(self._count)]
 
     def _summed(self, roots: list[list[Tensor]]) -> Tensor:
         sums = [norms.squares_of(some, self._device) for some in roots]

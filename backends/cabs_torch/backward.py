@@ -2,13 +2,15 @@
 
 Guarantees: the gradients are those of ``losses.mean().backward()`` to the bit; the statistics are
 exact up to rounding, or an error is raised before any gradient was written; on a GPU nothing waits
-for the device, except to try out an operation without a rule. Assumes that no hook on the way
+for the device, except to try out an operation without a rule, or to see which rows an index takes.
+Assumes that no hook on the way
 changes a gradient, and that one thread at a time trains the model.
 """
 
 from __future__ import annotations
 
 import warnings
+import weakref
 from contextlib import ExitStack
 from typing import Any
 
@@ -26,6 +28,9 @@ from cabs_torch.statistics import BatchStatistics
 
 # Groups of examples for parameters that no rule covers.
 _GROUPS = 4
+
+# The parameters that were said to be left out: once is enough in a training loop.
+_left_out: dict[int, weakref.ref[Tensor]] = {}
 
 
 def backward(
@@ -55,12 +60,12 @@ def backward(
         sample: Over how many examples norms are taken, the first ones, at least 1; all by default.
             The batch must be shuffled. The estimate stays unbiased, its cost shrinks by
             ``sample / m``, and it varies more; it can be negative.
-        chunk: How many examples to take at a time, which bounds the memory; by default as many as
-            2 MiB of temporaries allow.
+        chunk: How many examples' gradients to form at a time, where they are formed only to be
+            squared; by default as many as 4 MiB of temporaries allow.
         uncovered: What to do about parameters whose norms cannot be had exactly. ``"error"``
             raises; ``"groups"`` estimates their share of the variance from four groups of the
-            batch, with a backward pass for each; ``"ignore"`` leaves them out, with a warning and
-            their share in the result's ``measured``.
+            batch, with a backward pass for each; ``"ignore"`` leaves them out, with a warning once
+            and the share of the others in the result's ``measured``.
         batch_size: Where ``losses`` are a microbatch, how many examples the whole batch has. The
             gradients are then those of ``losses.sum() / batch_size``, so that those of all
             microbatches add up to the batch's; add the statistics' ``partial``, and complete the
@@ -91,7 +96,7 @@ def backward(
         >>> float(statistics.variance_trace)
         2.0
     """
-    _check(losses)
+    check_losses(losses)
     examples = len(losses)
     measured_examples = at_least(sample, "sample", 1, examples)
     at_least(chunk, "chunk", 1, None)
@@ -105,10 +110,10 @@ def backward(
     numbers = None if wanted is None else wanted.numbers
     walk = Walk([(losses, start)], strict=uncovered == "error", wanted=numbers)
     measured = walk.measured
-    if walk.refused and uncovered == "ignore":
-        names = ", ".join(describe(leaf.variable) for leaf in walk.refused.values())
+    if uncovered == "ignore" and _are_news(walk):
+        missing = "; ".join(describe(leaf.variable) for leaf in walk.refused.values())
         warnings.warn(
-            f"the statistics leave out {1.0 - measured:.1%} of the parameters: {names}",
+            f"the statistics leave out {1.0 - measured:.1%} of the parameters: {missing}",
             stacklevel=2,
         )
     estimated = _by_groups(losses, walk) if uncovered == "groups" else ({}, {})
@@ -142,6 +147,14 @@ def backward(
     if wanted is None:
         squares, means = squares.squeeze(0), means.squeeze(0)
     return BatchStatistics(examples, examples, squares, means, measured)
+
+
+def _are_news(walk: Walk) -> bool:
+    """Return whether some parameters were not left out before, and note that they are."""
+    left_out = {key: leaf.variable for key, leaf in walk.refused.items()}
+    known = [key in _left_out and _left_out[key]() is one for key, one in left_out.items()]
+    _left_out.update({key: weakref.ref(one) for key, one in left_out.items()})
+    return not all(known)
 
 
 def _by_groups(losses: Tensor, walk: Walk) -> tuple[Sums, Sums]:
@@ -180,7 +193,7 @@ def _by_groups(losses: Tensor, walk: Walk) -> tuple[Sums, Sums]:
     return squares, means
 
 
-def _check(losses: Any) -> None:
+def check_losses(losses: Any) -> None:
     """Raise TypeError or ValueError for what is no batch of losses with a graph."""
     if not isinstance(losses, Tensor):
         raise TypeError(f"losses must be a tensor, got {type(losses).__name__}")

@@ -13,6 +13,7 @@ import torch
 
 from cabs_torch.layout import Layout, MixedError, Shape
 from cabs_torch.nodes import Node, axes, name_of, saved_axes, shape_of
+from cabs_torch.norms import is_traced
 
 
 class UnknownError(Exception):
@@ -93,7 +94,8 @@ def _permute(node: Node, layout: Layout, shape: Shape) -> Layout:
 def _within(node: Node, layout: Layout, shape: Shape) -> Layout:
     axis, _ = layout.axis()
     if axis in saved_axes(node, len(shape)):
-        raise along_examples()
+        # Rows that were picked may come from a parameter, and are tried out.
+        raise UnknownError if name_of(node) in ("Gather", "IndexSelect") else along_examples()
     return layout.moved(shape, axis)
 
 
@@ -115,6 +117,8 @@ def _index(node: Node, layout: Layout, shape: Shape) -> Layout:
     found = origin[axis]
     if found is not None:
         return layout.moved(shape, found)
+    if is_traced():
+        raise UnknownError
     if axis == 0 and indexed[0] == 0 and layout.shape[0] == shape[0] == layout.examples:
         # Something was taken from each example, if the values of the indices say so.
         rows = given[0].broadcast_to(joint).reshape(layout.examples, -1)

@@ -2,12 +2,12 @@
 
 Guarantees: the statistics come from the same rules as those of :func:`cabs_torch.backward`, applied
 while the step is traced, so that what they cannot cover is the same error; there is one graph
-without breaks for each shape of the inputs.
+without breaks for each shape of the inputs; parameters and buffers are those of the moment.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -17,6 +17,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from cabs_torch import norms
 from cabs_torch.backward import backward
+from cabs_torch.errors import describe
+from cabs_torch.graph import leaves_behind
+from cabs_torch.nodes import is_leaf
 from cabs_torch.options import as_groups
 from cabs_torch.statistics import BatchStatistics
 
@@ -61,54 +64,76 @@ class CompiledStep:
         Returns:
             The losses, shape (m,), without a graph, and their statistics.
         """
-        parameters = {
-            name: parameter
-            for name, parameter in self._step.named_parameters()
-            if parameter.requires_grad
-        }
-        training = tuple(module.training for module in self._step.modules())
+        device = batch[0].device.type
+        parameters = dict(self._step.named_parameters())
+        trained = {name: one for name, one in parameters.items() if one.requires_grad}
+        # Everything that can change between steps is an input of the graph, or names it.
+        frozen = {name: one for name, one in parameters.items() if not one.requires_grad}
+        others: dict[str, Tensor] = {**frozen, **dict(self._step.named_buffers())}
+        values = [one.detach() for one in trained.values()]
+        constants = [one.detach() for one in others.values()]
         signature = (
-            training,
-            tuple(parameters),
-            *((one.shape, one.dtype, one.device) for one in batch),
+            tuple(module.training for module in self._step.modules()),
+            tuple(trained),
+            torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device),
+            *((name, *_kind(one)) for name, one in (*trained.items(), *others.items())),
+            *map(_kind, batch),
         )
-        values = [parameter.detach() for parameter in parameters.values()]
         if signature not in self._graphs:
-            self._graphs[signature] = self._trace(signature, parameters, values, batch)
-        with torch.no_grad():
-            losses, gradients, squares, means = self._graphs[signature](values, batch)
-            for parameter, gradient in zip(parameters.values(), gradients, strict=True):
+            self._graphs[signature] = self._trace(signature, trained, list(others), batch)
+        # The casts of autocast are in the graph.
+        with torch.no_grad(), torch.autocast(device, enabled=False):
+            graph = self._graphs[signature]
+            losses, gradients, squares, means = graph(values, constants, batch)
+            for parameter, gradient in zip(trained.values(), gradients, strict=True):
                 if gradient is not None:
                     held = parameter.grad
-                    parameter.grad = gradient if held is None else held + gradient
+                    parameter.grad = gradient if held is None else held.add_(gradient)
         examples = len(losses)
         coverage = self._coverage[signature]
         return losses, BatchStatistics(examples, examples, squares, means, coverage)
 
     def _trace(
-        self,
-        signature: Signature,
-        parameters: dict[str, nn.Parameter],
-        values: list[Tensor],
-        batch: Any,
+        self, signature: Signature, trained: dict[str, nn.Parameter], others: list[str], batch: Any
     ) -> Callable[..., Any]:
-        def step(values: list[Tensor], batch: tuple[Tensor, ...]) -> Any:
+        def step(values: list[Tensor], constants: list[Tensor], batch: tuple[Tensor, ...]) -> Any:
             leaves = [value.detach().requires_grad_() for value in values]
-            named = dict(zip(parameters, leaves, strict=True))
+            named = dict(zip((*trained, *others), (*leaves, *constants), strict=True))
             losses = functional_call(self._step, named, batch)
             # Here other tensors stand for the parameters.
-            twins = {id(one): leaf for one, leaf in zip(parameters.values(), leaves, strict=True)}
+            twins = {id(one): leaf for one, leaf in zip(trained.values(), leaves, strict=True)}
+            _check_leaves(losses, twins.values())
             groups = None if self._groups is None else self._groups.of(twins)
             statistics = backward(losses, groups=groups, **self._options)
             self._coverage[signature] = statistics.measured
             gradients = [leaf.grad for leaf in leaves]
             return losses.detach(), gradients, statistics.group_square_sum, statistics.mean_square
 
-        # Tracing runs the step once, which is not to be seen in the random numbers.
+        # Tracing runs the step once, which is not to be seen in random numbers and buffers.
+        state = dict(self._step.named_parameters()) | dict(self._step.named_buffers())
+        values = [one.detach() for one in trained.values()]
+        constants = [state[name].detach().clone() for name in others]
         with torch.random.fork_rng(), norms.traced(), torch.enable_grad():
-            graph = make_fx(step)(values, batch)
+            graph = make_fx(step)(values, constants, batch)
         compiled: Callable[..., Any] = torch.compile(graph, **self._compiler)
         return compiled
+
+
+def _kind(tensor: Any) -> tuple[object, ...]:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"a compiled step takes tensors, got {type(tensor).__name__}")
+    return tensor.shape, tensor.dtype, tensor.device
+
+
+def _check_leaves(losses: Tensor, known: Iterable[Tensor]) -> None:
+    """Raise ValueError if losses depend on parameters that the model does not hold."""
+    ids = set(map(id, known))
+    for leaf in leaves_behind(losses.grad_fn) if losses.grad_fn is not None else ():
+        if is_leaf(leaf) and id(leaf.variable) not in ids:
+            raise ValueError(
+                "model must hold all parameters that losses_of uses, but "
+                f"{describe(leaf.variable)}, is none of its own; give a module that holds both"
+            )
 
 
 def compile(  # noqa: A001
@@ -125,8 +150,10 @@ def compile(  # noqa: A001
     A model that was compiled by itself hides its operations from :func:`cabs_torch.backward`. Here
     the whole step is traced into operations and then compiled. It is traced and compiled again for
     each new shape of the inputs, so let a controller choose among few sizes
-    (:meth:`cabs.BatchSizes.geometric`). Gradients differ from those without statistics by as much
-    as the compiler rounds differently.
+    (:meth:`cabs.BatchSizes.geometric`), and also when autocast or the training mode changes. Python
+    numbers that ``losses_of`` uses stay what they were then; make tensors of those that change, or
+    buffers. Gradients differ from those without statistics by as much as the compiler rounds
+    differently.
 
     Args:
         model: The module whose parameters are trained, not compiled itself.

@@ -21,39 +21,44 @@ class UncoveredParameterError(RuntimeError):
         >>> cabs_torch.backward((torch.eye(3) * scale).softmax(dim=0).sum(dim=1))
         Traceback (most recent call last):
         ...
-        cabs_torch.errors.UncoveredParameterError: a parameter of shape (3,) lies behind
-        SoftmaxBackward0, which runs along the axis that holds the examples. Estimate the variance
-        from groups of examples instead, with cabs_torch.Accumulation, or with uncovered='groups'
-        for such parameters alone; or freeze what cannot be measured
+        cabs_torch.errors.UncoveredParameterError: a tensor that requires gradients, of shape (3,),
+        lies behind SoftmaxBackward0, which runs along the axis that holds the examples. Estimate
+        the variance from groups of examples instead, with cabs_torch.Accumulation, or with
+        uncovered='groups' for such parameters alone; or leave them out, with groups= of those that
+        matter
     """
 
 
 def uncovered(parameter: torch.Tensor, problem: str) -> UncoveredParameterError:
     """Return the error for a parameter and what is the matter with it."""
     return UncoveredParameterError(
-        f"{describe(parameter)} {problem}. Estimate the variance from groups of examples instead, "
+        f"{describe(parameter)}, {problem}. Estimate the variance from groups of examples instead, "
         "with cabs_torch.Accumulation, or with uncovered='groups' for such parameters alone; or "
-        "freeze what cannot be measured"
+        "leave them out, with groups= of those that matter"
     )
 
 
 def describe(parameter: torch.Tensor) -> str:
     """Return the parameter's name in its outermost module, and its shape."""
-    shape = f"shape {tuple(parameter.shape)}"
-    found = named(parameter)
-    return f"parameter {found[0]!r} of {found[1]}, {shape}," if found else f"a parameter of {shape}"
+    shape = f"of shape {tuple(parameter.shape)}"
+    found = names().get(id(parameter))
+    if found:
+        return f"parameter {found[0]!r} of {found[1]}, {shape}"
+    if isinstance(parameter, torch.nn.Parameter):
+        return f"a parameter {shape}"
+    return f"a tensor that requires gradients, {shape}"
 
 
-def named(parameter: torch.Tensor) -> tuple[str, str] | None:
-    """Return the parameter's name in its outermost module, and the name of that module's class."""
+def names() -> dict[int, tuple[str, str]]:
+    """Return the parameters' names in their outermost modules, and the names of their classes."""
     # The autograd graph knows no names. The longest one is that in the outermost module.
-    names = [
-        (name, type(module).__name__)
-        for module in _all_modules()
-        for name, candidate in module.named_parameters()
-        if candidate is parameter
-    ]
-    return max(names, key=lambda found: found[0].count(".")) if names else None
+    found: dict[int, tuple[str, str]] = {}
+    for module in _all_modules():
+        for name, parameter in module.named_parameters():
+            known = found.get(id(parameter))
+            if known is None or name.count(".") > known[0].count("."):
+                found[id(parameter)] = (name, type(module).__name__)
+    return found
 
 
 def _all_modules() -> list[torch.nn.Module]:

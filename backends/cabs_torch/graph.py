@@ -92,7 +92,7 @@ class Walk:
             except MixedError as problem:
                 self._refuse(node, str(problem))
             except HiddenError as problem:
-                raise _error(node, next(_leaves_behind(node)), str(problem)) from None
+                raise _error(node, next(leaves_behind(node)), str(problem)) from None
         elif known != layout:
             self._refuse(node, "has its examples in two different orders")
 
@@ -103,7 +103,7 @@ class Walk:
                 return
             raise MixedError("holds a value for every example of the batch")
         if not is_measurable((node, output)):
-            raise MixedError("computes complex numbers, or none at all")
+            raise MixedError("computes complex numbers, or has no elements")
         for index, (child, number) in enumerate(node.next_functions):
             if child is not None:
                 inner = self._enter(node, output, layout, index, (child, number))
@@ -154,11 +154,14 @@ class Walk:
             self._refuse(edge[0], str(problem), problem.node)
             return
         if source.is_lookup and name_of(node) not in ELEMENTWISE:
-            self._refuse(edge[0], f"is looked up and multiplied by {node.name()}")
+            self._refuse(
+                edge[0],
+                f"looks up rows that {node.name()} multiplies; perhaps one for each example",
+            )
             return
         for leaf in source.leaves:
             if not is_measurable(edge) or not is_measurable((leaf, 0)):
-                self._refuse(leaf, f"holds complex numbers, or none, in {node.name()}")
+                self._refuse(leaf, f"holds complex numbers, or no elements, in {node.name()}")
             elif id(leaf.variable) in self._inputs:
                 self._refuse(leaf, "is given to a checkpoint, the same for all examples")
             elif leaf.variable._backward_hooks:
@@ -204,11 +207,15 @@ class Walk:
         )
         return covered / max(covered + missing, 1)
 
+    def _all_meetings(self) -> Iterator[Meeting]:
+        yield from self.meetings
+        for _, walk in self._hidden.values():
+            yield from walk._all_meetings()
+
     def rules(self) -> dict[int, str]:
         """Return how each parameter's gradients are had, by its id."""
         found: dict[int, list[str]] = {}
-        walks = (self, *(walk for _, walk in self._hidden.values()))
-        for meeting in (meeting for walk in walks for meeting in walk.meetings):
+        for meeting in self._all_meetings():
             source, rule = meeting.source, meeting.join.rule
             for leaf in source.leaves:
                 through = "" if is_leaf(source.root[0]) else ", pushed on"
@@ -224,17 +231,14 @@ class Walk:
         Raises:
             UncoveredParameterError: If the walk is strict.
         """
-        for leaf in _leaves_behind(named or node) if self._strict else ():
-            if self._wanted is None or id(leaf.variable) in self._wanted:
-                raise _error(named or node, leaf, problem)
-        for leaf in _leaves_behind(node):
+        culprit = named or node
+        for leaf in (*leaves_behind(culprit), *leaves_behind(node)):
+            matters = self._wanted is None or (is_leaf(leaf) and id(leaf.variable) in self._wanted)
             # What a checkpoint hides cannot be left out, or be had from groups.
-            if is_segment(leaf):
-                raise _error(node, leaf, problem)
-            if self._strict and (self._wanted is None or id(leaf.variable) in self._wanted):
-                raise _error(node, leaf, problem)
+            if is_segment(leaf) or (self._strict and matters):
+                raise _error(culprit, leaf, problem)
             self.refused[id(leaf.variable)] = leaf
-            self.problems.setdefault(id(leaf.variable), _why(node, leaf, problem))
+            self.problems.setdefault(id(leaf.variable), _why(culprit, leaf, problem))
 
 
 def _only(leaves: dict[int, Node], wanted: Container[int]) -> dict[int, Node]:
@@ -250,6 +254,8 @@ def _is_parameter(edge: Edge) -> bool:
 
 
 def _error(node: Node, leaf: Node, problem: str) -> UncoveredParameterError:
+    if not is_leaf(leaf):
+        leaf = next(filter(is_leaf, leaves_behind(leaf)))
     return uncovered(leaf.variable, _why(node, leaf, problem))
 
 
@@ -257,7 +263,7 @@ def _why(node: Node, leaf: Node, problem: str) -> str:
     return problem if leaf is node else f"lies behind {node.name()}, which {problem}"
 
 
-def _leaves_behind(node: Node) -> Iterator[Node]:
+def leaves_behind(node: Node) -> Iterator[Node]:
     """Yield the parameters, and checkpoints, that a node depends on, the nearest first."""
     seen, waiting = {node}, deque([node])
     while waiting:

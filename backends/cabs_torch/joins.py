@@ -2,7 +2,7 @@
 
 Guarantees: for each input of such an operation it is said either where the examples lie in it, or
 how the per-example gradients of the parameter behind it follow from what the operation saved and
-its output's cotangent. Reads no tensor's values before the cotangent is there.
+its output's cotangent.
 """
 
 from __future__ import annotations
@@ -180,7 +180,7 @@ def _batch_norm(node: Node, layout: Layout, index: int, shape: Shape) -> Layout 
     if index == 2:
         return _added(layout, channels, parameter=shape)
     check_saved(node, "input", "running_mean", "running_var")
-    eps = getattr(node, "_saved_eps", None) or node._saved_epsilon
+    eps = node._saved_eps if hasattr(node, "_saved_eps") else node._saved_epsilon
 
     def normalized(part: Callable[[Tensor], Tensor]) -> Tensor:
         mean = saved(node, "running_mean").reshape(channels)
@@ -273,12 +273,30 @@ def _times(node: Node, layout: Layout, index: int, shape: Shape) -> Join:
 
 
 def _over(node: Node, layout: Layout, index: int, shape: Shape) -> Join | None:
-    if index != 0 or getattr(node, "_saved_rounding_mode", None) is not None:
+    if getattr(node, "_saved_rounding_mode", None) is not None:
         return None
-    check_saved(node, "other")
-    return _scaled(
-        layout, shape, lambda part: part(saved(node, "other").expand(layout.shape)).reciprocal()
-    )
+    check_saved(node, "other", *(["self"] if index else []))
+
+    def whole(part: Callable[[Tensor], Tensor], name: str) -> Tensor:
+        return part(saved(node, name).expand(layout.shape))
+
+    if index == 0:
+        return _scaled(layout, shape, lambda part: whole(part, "other").reciprocal())
+    return _scaled(layout, shape, lambda part: -whole(part, "self") / whole(part, "other").square())
+
+
+def _power(node: Node, layout: Layout, index: int, shape: Shape) -> Join | None:
+    if index != 1:
+        return None
+    check_saved(node, "self", "result")
+
+    def slope(part: Callable[[Tensor], Tensor]) -> Tensor:
+        base = part(saved(node, "self").expand(layout.shape))
+        # The limit at a base of 0, as autograd has it for exponents that are not negative.
+        logarithm = torch.where(base == 0.0, 0.0, base.log())
+        return part(saved(node, "result")) * logarithm
+
+    return _scaled(layout, shape, slope)
 
 
 def _prelu(node: Node, layout: Layout, index: int, shape: Shape) -> Join | None:
@@ -368,6 +386,7 @@ _FACTORS: dict[str, _Rule] = {
     "Div": _over,
     "Expand": _plus,
     "Mul": _times,
+    "Pow": _power,
     "PreluKernel": _prelu,
     "Repeat": _repeated,
     "Sub": _plus,

@@ -90,7 +90,7 @@ def call(node: Node, cotangents: Sequence[Tensor | None]) -> list[Tensor | None]
     """Return what a node gives its inputs for cotangents of its outputs, one for each edge."""
     with _kept(_packed(node)), torch.no_grad():
         if is_own_function(node):
-            # As the backward pass does, unless it was told that None is welcome.
+            # As the backward pass does; a function that would take None takes zeros too.
             cotangents = [
                 _zeros(described) if one is None else one
                 for one, described in zip(cotangents, node._input_metadata, strict=True)

@@ -5,6 +5,7 @@ Guarantees: an error says what was given and what is allowed.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -37,14 +38,21 @@ def as_groups(groups: Any) -> Groups:
     count = 0
     for number, parameters in enumerate(groups):
         count = number + 1
+        if isinstance(parameters, Mapping):
+            parameters = parameters["params"]
         if isinstance(parameters, Tensor):
             raise TypeError(
                 "groups must be an optimizer or an iterable of iterables of parameters, got an "
                 "iterable of tensors; wrap it in a list for a single group"
             )
         for parameter in parameters:
+            if not isinstance(parameter, Tensor):
+                raise TypeError(
+                    f"groups must hold parameters, got {type(parameter).__name__}; pass "
+                    "model.parameters(), not named_parameters()"
+                )
             if numbers.setdefault(id(parameter), number) != number:
-                raise ValueError(f"groups must not overlap: {describe(parameter)} is in two")
+                raise ValueError(f"groups must not overlap: {describe(parameter)}, is in two")
     if not numbers:
         raise ValueError("groups must hold parameters, got none")
     return Groups(numbers, count)
@@ -54,8 +62,10 @@ def at_least(value: int | None, name: str, least: int, most: int | None) -> int:
     """Return an option, or the most if it is not given; errors say what is allowed."""
     if value is None:
         return most or 0
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an integer, got {name} = {value!r}")
+    try:
+        value = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an integer, got {name} = {value!r}") from None
     if value < least:
         raise ValueError(f"{name} must be at least {least}, got {name} = {value}")
     return value if most is None else min(value, most)

@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils.checkpoint import CheckpointFunction
 
+from cabs_torch.layout import HiddenError
 from cabs_torch.nodes import Node
 
 
@@ -26,7 +27,13 @@ def is_segment(node: Node) -> bool:
 
 
 def run_again(node: Node) -> tuple[list[Tensor], Sequence[Any]]:
-    """Run a checkpoint's function, and return its tensor inputs and its outputs, with a graph."""
+    """Run a checkpoint's function, and return its tensor inputs and its outputs, with a graph.
+
+    Raises:
+        HiddenError: If it would not do the same as it did before.
+    """
+    if not node.preserve_rng_state:
+        raise HiddenError("does not preserve the state of the random numbers")
     found: list[tuple[list[Tensor], Sequence[Any]]] = []
 
     def see(inputs: Sequence[Any], outputs: Sequence[Any]) -> None:

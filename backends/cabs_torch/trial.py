@@ -63,7 +63,7 @@ def _tensors(kept: Any) -> list[Tensor]:
 def positions(node: Node, output: int, layout: Layout, index: int) -> Layout | None:
     """Return where the examples lie in a node's ``index``-th input, given one of its outputs.
 
-    None if no gradient reaches that input. Looks at values, which waits for the device.
+    None if no gradient passes to that input. Looks at values, which waits for the device.
 
     Raises:
         MixedError: If examples are mixed, or it cannot be told where they lie.
@@ -76,18 +76,23 @@ def positions(node: Node, output: int, layout: Layout, index: int) -> Layout | N
     pattern = torch.arange(math.prod(layout.shape), device=described.device).cos() + 1.5
     pattern = pattern.to(described.dtype).reshape(layout.shape)
     found: set[int] | None = None
+    is_zero = True
     for members in _halves(layout.examples):
         cotangents: list[Tensor | None] = [None] * len(node._input_metadata)
         cotangents[output] = layout.only(pattern, members)
         gradient = call(node, cotangents)[index]
         if gradient is not None:
+            is_zero = is_zero and not bool(gradient.any())
             places = _outers(gradient, layout.examples, members)
             found = places if found is None else found & places
-    if found is None:
+    if found is None or is_zero:
         return None
-    if len(found) != 1:
-        problem = "they could lie in several ways in" if found else "they are mixed in"
-        raise MixedError(f"has no rule; tried out with some of the examples, {problem} its input")
+    if not found:
+        raise MixedError(
+            "mixes examples, or picks or reorders them: the gradient of some reaches others"
+        )
+    if len(found) > 1:
+        raise MixedError("has no rule, and its gradients leave open where the examples lie")
     return Layout(shape_of(node.next_functions[index]), found.pop(), layout.examples)
 
 

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cabs_torch.errors import named
+from cabs_torch.backward import check_losses
+from cabs_torch.errors import names
 from cabs_torch.graph import Walk
 from cabs_torch.layout import Layout
 from cabs_torch.measure import Measurement
@@ -84,6 +85,7 @@ def verify(losses_of: Callable[[Any], Tensor], batch: Any) -> Verification:
     """
     examples = _count(batch)
     losses = losses_of(batch)
+    check_losses(losses)
     if not torch.equal(losses, losses_of(batch)):
         raise ValueError(
             "losses_of must give the same losses when it is called again; does the model draw "
@@ -120,10 +122,9 @@ def verify(losses_of: Callable[[Any], Tensor], batch: Any) -> Verification:
         for key, parameter in parameters.items():
             parameter.grad = held[key]
     rules = walk.rules()
-    rows = []
+    rows, known = [], names()
     for key, parameter in parameters.items():
-        found = named(parameter)
-        name = found[0] if found else str(tuple(parameter.shape))
+        name = known[key][0] if key in known else str(tuple(parameter.shape))
         if key in covered:
             error = _relative(squares.get(key, 0.0), expected[key])
             rows.append(Checked(name, rules[key], error))
@@ -163,4 +164,5 @@ def _one(batch: Any, index: int) -> Any:
         return batch[index : index + 1]
     if isinstance(batch, dict):
         return {key: _one(one, index) for key, one in batch.items()}
-    return type(batch)([_one(one, index) for one in batch])
+    parts = [_one(one, index) for one in batch]
+    return type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)

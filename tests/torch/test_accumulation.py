@@ -141,6 +141,74 @@ def test_a_gradient_that_arrives_in_parts_is_an_error():
         accumulation.backward(loss, examples=2)
 
 
+def accumulate(accumulation, layer, count=1):
+    for _ in range(count):
+        accumulation.backward(layer(torch.randn(2, 3)).square().mean(), examples=2)
+
+
+def test_gradients_that_come_from_elsewhere_are_an_error():
+    layer = nn.Linear(3, 2)
+    others = {
+        "a penalty": lambda: layer.weight.square().sum().backward(),
+        "an optimizer": layer.zero_grad,
+        "another accumulation": lambda: accumulate(
+            cabs_torch.Accumulation(layer.parameters(), batch_size=4), layer
+        ),
+    }
+    for change in others.values():
+        layer.zero_grad()
+        accumulation = cabs_torch.Accumulation(layer.parameters(), batch_size=6)
+        accumulate(accumulation, layer)
+        change()
+        with pytest.raises(RuntimeError, match="gradients were changed between microbatches"):
+            accumulate(accumulation, layer)
+    layer.zero_grad()
+    accumulate(accumulation := cabs_torch.Accumulation(layer.parameters(), batch_size=4), layer, 2)
+    layer.weight.grad.mul_(2.0)
+    with pytest.raises(RuntimeError, match="gradients were changed between microbatches"):
+        accumulation.complete()
+
+
+class Failing(torch.autograd.Function):
+    @staticmethod
+    def forward(_, inputs):
+        return inputs.clone()
+
+    @staticmethod
+    def backward(*_):
+        raise MemoryError
+
+
+def test_an_accumulation_that_failed_cannot_go_on():
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))
+    accumulation = cabs_torch.Accumulation(model.parameters(), batch_size=4)
+    accumulate(accumulation, model)
+    loss = model[1](Failing.apply(model[0](torch.randn(2, 3)))).square().mean()
+    with pytest.raises(MemoryError):
+        accumulation.backward(loss, examples=2)
+    with pytest.raises(RuntimeError, match="a backward pass of this accumulation has failed"):
+        accumulate(accumulation, model)
+
+
+def test_frozen_parameters_and_their_old_gradients_are_passed_over():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))
+    model(torch.randn(2, 3)).sum().backward()
+    model[0].requires_grad_(False)
+    model[1].zero_grad()
+    accumulation = cabs_torch.Accumulation(model.parameters(), batch_size=4)
+    accumulate(accumulation, model, 2)
+    statistics = accumulation.complete()
+    expected = cabs_torch.mean_square(model[1].parameters())
+    torch.testing.assert_close(statistics.mean_square, expected)
+
+
+def test_names_in_place_of_parameters_are_an_error():
+    layer = nn.Linear(3, 2)
+    with pytest.raises(TypeError, match=r"got tuple; pass model\.parameters\(\)"):
+        cabs_torch.Accumulation(layer.named_parameters(), batch_size=4)
+
+
 @pytest.mark.parametrize(
     ("act", "error", "message"),
     [
@@ -149,6 +217,7 @@ def test_a_gradient_that_arrives_in_parts_is_an_error():
         (lambda a, x: a.backward(x.sum(), examples=0), ValueError, "at least 1, got examples = 0"),
         (lambda a, x: a.backward(x.sum(), examples=5), ValueError, "4 examples together, got 0"),
         (lambda a, _: a.backward(1.0, examples=2), TypeError, "a tensor, got float"),
+        (lambda a, x: a.backward(x.sum().detach(), examples=2), ValueError, "must carry a graph"),
         (
             lambda a, x: (
                 [a.backward(x.detach().requires_grad_().mean(), examples=1) for _ in range(2)]

@@ -128,3 +128,74 @@ def test_tracing_draws_no_random_numbers():
     inputs = torch.randn(4, 3)
     second, _ = step(inputs)
     assert torch.equal(first, second)
+
+
+class Changing(nn.Module):
+    """A buffer that is replaced, one that the forward pass writes, and a part that is frozen."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.frozen = nn.BatchNorm1d(3, affine=False), nn.Linear(3, 3)
+        self.layer = nn.Linear(3, 2)
+        self.frozen.requires_grad_(False)
+        self.register_buffer("temperature", torch.tensor(1.0))
+
+    def forward(self, inputs):
+        return self.layer(self.frozen(self.norm(inputs)).tanh()) * self.temperature
+
+
+def test_buffers_and_frozen_parameters_are_those_of_the_moment():
+    torch.manual_seed(0)
+    model = Changing()
+    plain, inputs = copy.deepcopy(model), torch.randn(4, 3)
+    step = cabs_torch.compile(model, lambda x: model(x).square().sum(1), backend="aot_eager")
+    for index in range(3):
+        for one in (model, plain):
+            one.temperature = torch.tensor(1.0 + index)
+            replaced = {name: value + index for name, value in one.frozen.state_dict().items()}
+            one.frozen.load_state_dict(replaced, assign=True)
+            one.frozen.requires_grad_(False)
+            one.zero_grad()
+        losses, statistics = step(inputs)
+        expected = plain(inputs).square().sum(1)
+        torch.testing.assert_close(losses, expected.detach())
+        found = cabs_torch.backward(expected)
+        torch.testing.assert_close(statistics.variance_trace, found.variance_trace)
+        assert model.norm.num_batches_tracked == index + 1
+        torch.testing.assert_close(model.norm.running_mean, plain.norm.running_mean)
+
+
+def test_autocast_is_that_of_the_call():
+    torch.manual_seed(0)
+    model, inputs = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)), torch.randn(4, 3)
+    step = cabs_torch.compile(
+        model, lambda x: model(x).float().square().sum(1), backend="aot_eager"
+    )
+    step(inputs)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        losses, statistics = step(inputs)
+        expected = model(inputs).float().square().sum(1)
+    assert torch.equal(losses, expected.detach())
+    found = cabs_torch.backward(expected)
+    torch.testing.assert_close(statistics.variance_trace, found.variance_trace)
+
+
+def test_a_parameter_outside_of_the_model_is_an_error():
+    layer, head = nn.Linear(3, 4), nn.Linear(4, 2)
+    step = cabs_torch.compile(layer, lambda x: head(layer(x)).sum(1), backend="aot_eager")
+    with pytest.raises(ValueError, match=r"parameter 'weight' of Linear.* is none of its own|bias"):
+        step(torch.randn(4, 3))
+    assert head.weight.grad is None
+    with pytest.raises(TypeError, match="takes tensors, got int"):
+        cabs_torch.compile(layer, lambda x, k: layer(x).sum(1) * k)(torch.randn(4, 3), 2)
+
+
+def test_rows_that_are_picked_by_an_index_are_refused_while_tracing():
+    layer = nn.Linear(3, 4)
+
+    def losses_of(inputs, columns):
+        return layer(inputs)[torch.arange(len(inputs)), columns]
+
+    step = cabs_torch.compile(layer, losses_of, backend="aot_eager")
+    with pytest.raises(UncoveredParameterError, match="cannot be tried out while it is traced"):
+        step(torch.randn(4, 3), torch.zeros(4, dtype=torch.long))

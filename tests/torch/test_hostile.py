@@ -272,3 +272,86 @@ def test_a_refused_parameter_in_no_group_is_left_alone():
     rows = torch.stack([torch.cat([one.flatten() for one in row]) for row in rows])
     statistics = cabs_torch.backward(losses, groups=[last])
     torch.testing.assert_close(statistics.variance_trace.sum(), rows.var(dim=0).sum())
+
+
+def test_optimizer_groups_may_be_given_as_they_are_and_names_may_not():
+    layer = nn.Linear(3, 2).double()
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    inputs = torch.randn(4, 3, **DOUBLE)
+    one = cabs_torch.backward(layer(inputs).sum(1), groups=optimizer.param_groups)
+    other = cabs_torch.backward(layer(inputs).sum(1), groups=optimizer)
+    assert torch.equal(one.variance_trace, other.variance_trace)
+    assert float(one.group_square_sum) > 0.0
+    with pytest.raises(TypeError, match="groups must hold parameters, got tuple"):
+        cabs_torch.backward(layer(inputs).sum(1), groups=[list(layer.named_parameters())])
+
+
+def test_batch_normalization_without_epsilon_is_exact():
+    torch.manual_seed(0)
+    norm = nn.BatchNorm1d(3, eps=0.0).double().eval()
+    assert_sums(norm(torch.randn(4, 3, **DOUBLE)).square().sum(1), list(norm.parameters()))
+
+
+class Rectified(torch.autograd.Function):
+    """One of a user's own, that can be dead for a whole batch."""
+
+    @staticmethod
+    def forward(ctx, inputs):
+        ctx.save_for_backward(inputs)
+        return inputs.clamp_min(0.0)
+
+    @staticmethod
+    def backward(ctx, cotangents):
+        return cotangents * (ctx.saved_tensors[0] > 0.0)
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_a_function_that_passes_no_gradient_in_some_batch_is_exact(sign):
+    torch.manual_seed(0)
+    weight, shift = parameter(3, 4).abs(), parameter(4)
+    weight = nn.Parameter(weight.detach())
+    hidden = Rectified.apply(sign * torch.rand(5, 3, **DOUBLE) @ weight) + shift
+    assert_sums(hidden.square().sum(1), [weight, shift])
+
+
+def test_a_power_that_is_learned_is_exact():
+    torch.manual_seed(0)
+    power, divisor = parameter(4), parameter(1)
+    inputs = torch.rand(5, 3, 4, **DOUBLE)
+    inputs[0, 0, 0] = 0.0
+    assert_sums(((inputs ** power.exp()).mean(1) / divisor).sin().sum(1), [power, divisor])
+
+
+def test_rows_of_a_parameter_that_each_example_picks_are_exact():
+    torch.manual_seed(0)
+    table, labels = parameter(7, 3), torch.tensor([0, 4, 4, 6])
+    inputs = torch.randn(4, 3, **DOUBLE)
+    for rows in (table[labels], table.index_select(0, labels)):
+        assert_sums((inputs - rows).square().sum(1), [table])
+
+
+def test_a_checkpoint_that_draws_other_random_numbers_is_refused():
+    torch.manual_seed(0)
+    first, dropout = nn.Linear(3, 3).double(), nn.Dropout(0.5)
+    hidden = checkpoint(
+        dropout, first(torch.randn(4, 3, **DOUBLE)), use_reentrant=True, preserve_rng_state=False
+    )
+    with pytest.raises(UncoveredParameterError, match="does not preserve the state of the random"):
+        cabs_torch.backward(hidden.square().sum(1))
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad:UserWarning")
+def test_verify_looks_into_checkpoints_inside_of_checkpoints():
+    torch.manual_seed(0)
+    layers = nn.ModuleList(nn.Linear(3, 3) for _ in range(3)).double()
+
+    def inner(hidden):
+        return checkpoint(layers[1], hidden, use_reentrant=True) * 2.0
+
+    def losses_of(inputs):
+        hidden = layers[0](inputs).tanh()
+        return layers[2](checkpoint(inner, hidden, use_reentrant=True)).square().mean(1)
+
+    found = cabs_torch.verify(losses_of, torch.randn(4, 3, **DOUBLE))
+    assert found.error < 1e-10
+    assert len(found.rows) == 6

@@ -251,7 +251,9 @@ def test_options_that_make_no_sense_are_refused(options, error, message):
 def test_groups_that_overlap_are_refused():
     layer = nn.Linear(3, 2)
     losses = squares(layer(torch.randn(4, 3)), torch.randn(4))
-    with pytest.raises(ValueError, match=r"must not overlap: parameter 'bias' of Linear.* in two"):
+    with pytest.raises(
+        ValueError, match=r"must not overlap: parameter 'bias' of Linear.*, is in two"
+    ):
         cabs_torch.backward(losses, groups=[layer.parameters(), [layer.bias]])
 
 

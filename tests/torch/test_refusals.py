@@ -62,11 +62,11 @@ def model(forward, **modules):
 REFUSED = {
     "batch normalization in training mode": (
         model(lambda m, x: m.norm(m.matrix(x)), norm=nn.BatchNorm1d(4)),
-        "'norm.weight' of Model, shape (4,), lies behind NativeBatchNormBackward0",
+        "'norm.weight' of Model, of shape (4,), lies behind NativeBatchNormBackward0",
     ),
     "batch normalization without parameters": (
         model(lambda m, x: m.norm(m.matrix(x)), norm=nn.BatchNorm1d(4, affine=False)),
-        "'matrix.bias' of Model, shape (4,), lies behind NativeBatchNormBackward0",
+        "'matrix.bias' of Model, of shape (4,), lies behind NativeBatchNormBackward0",
     ),
     "a mean over the batch": (
         model(lambda m, x: m.matrix(x) - m.matrix(x).mean(dim=0)),
@@ -86,19 +86,19 @@ REFUSED = {
     ),
     "a value for every example": (
         model(lambda m, x: m.matrix(x) + m.table, table=nn.Parameter(torch.ones(5, 4))),
-        "'table' of Model, shape (5, 4), holds a value for every example of the batch",
+        "'table' of Model, of shape (5, 4), holds a value for every example of the batch",
     ),
     "an unknown function": (
         model(lambda m, x: Couple.apply(m.matrix(x))),
-        "CoupleBackward, which has no rule; tried out with some of the examples, they are mix",
+        "lies behind CoupleBackward, which mixes examples, or picks or reorders them",
     ),
     "a function with the name of a known one": (
         model(lambda m, x: Relu.apply(m.matrix(x))),
-        "ReluBackward, which has no rule; tried out with some of the examples, they are mix",
+        "lies behind ReluBackward, which mixes examples, or picks or reorders them",
     ),
     "a parameter with a hook": (
         model(lambda m, x: m.matrix(x) + m.shift, shift=hooked()),
-        "'shift' of Model, shape (4,), has a hook, which can change its gradient",
+        "'shift' of Model, of shape (4,), has a hook, which can change its gradient",
     ),
     "a value for every row": (
         model(
@@ -106,7 +106,7 @@ REFUSED = {
             rows=nn.Parameter(torch.ones(5, 4)),
             w=nn.Parameter(torch.ones(4, 4)),
         ),
-        "'rows' of Model, shape (5, 4), holds a value for every example of the batch",
+        "'rows' of Model, of shape (5, 4), holds a value for every example of the batch",
     ),
     "complex numbers": (
         model(lambda m, x: (m.matrix(x) * 1j).abs()),
@@ -116,15 +116,15 @@ REFUSED = {
         model(
             lambda m, x: (x.to(torch.complex64) + m.shift).abs(), shift=nn.Parameter(torch.ones(4))
         ),
-        "'shift' of Model, shape (4,), lies behind AddBackward0, which computes complex numbers",
+        "'shift' of Model, of shape (4,), lies behind AddBackward0, which computes complex numbers",
     ),
     "no elements": (
         model(lambda m, x: torch.cat([m.matrix(x), m.none(x)], dim=1), none=nothing()),
-        "'none.bias' of Model, shape (0,), lies behind AddmmBackward0, which computes complex",
+        "'none.bias' of Model, of shape (0,), lies behind AddmmBackward0, which computes complex",
     ),
     "no positions": (
         model(lambda m, x: m.matrix(x) + m.matrix(x[:, None].expand(-1, 0, -1)).sum(1)),
-        "which computes complex numbers, or none at all",
+        "which computes complex numbers, or has no elements",
     ),
     "a sparse input": (
         model(lambda m, x: torch.addmm(m.matrix.bias, x.to_sparse(), m.matrix.weight.t())),
@@ -177,7 +177,9 @@ def test_it_is_refused(case):
 
 def test_a_parameter_without_a_module_is_named_by_its_shape():
     scale = torch.ones(3, requires_grad=True)
-    with pytest.raises(UncoveredParameterError, match=r"^a parameter of shape \(3,\) lies behind"):
+    with pytest.raises(
+        UncoveredParameterError, match=r"^a tensor that requires gradients, of shape \(3,\),"
+    ):
         cabs_torch.backward((torch.randn(2, 3) * scale).softmax(dim=0).sum(dim=1))
 
 
