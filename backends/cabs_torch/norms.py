@@ -16,7 +16,7 @@ from contextvars import ContextVar
 import torch
 from torch import Tensor
 
-# Elements of the temporaries that a chunk of examples may need: 2 MiB in float32.
+# Elements of the temporaries that a chunk of examples may need: 4 MiB in float32.
 _CHUNK = 2**20
 
 # Squares summed in single precision before the sum goes on in double.
