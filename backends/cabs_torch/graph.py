@@ -163,7 +163,10 @@ class Walk:
             if not is_measurable(edge) or not is_measurable((leaf, 0)):
                 self._refuse(leaf, f"holds complex numbers, or no elements, in {node.name()}")
             elif id(leaf.variable) in self._inputs:
-                self._refuse(leaf, "is given to a checkpoint, the same for all examples")
+                # What lies behind it is not in this graph, so that nothing can be left out.
+                raise uncovered(
+                    leaf.variable, "is given to a reentrant checkpoint, for all examples"
+                )
             elif leaf.variable._backward_hooks:
                 self._refuse(leaf, "has a hook, which can change its gradient")
             elif self.leaves.setdefault(id(leaf.variable), leaf) is not leaf:

@@ -50,7 +50,7 @@ class Measurement:
         for meeting in walk.meetings:
             self._meetings[meeting.node].append(meeting)
         roots = {meeting.source.root: meeting.source for meeting in walk.meetings}
-        self._roots = {
+        self._computed = {
             root: [leaf for leaf in source.leaves if leaf in set(self._leaves)]
             for root, source in roots.items()
             if not is_leaf(root[0])
@@ -64,7 +64,7 @@ class Measurement:
         with ExitStack() as hooks:
             for node, meetings in self._meetings.items():
                 self._watch(hooks, node, partial(self._see, meetings))
-            for root, leaves in self._roots.items():
+            for root, leaves in self._computed.items():
                 self._watch(hooks, root[0], partial(self._push, root, leaves))
             for leaf in self._leaves:
                 self._watch(hooks, leaf, partial(self._settle, leaf))

@@ -87,6 +87,18 @@ def test_such_a_parameter_is_exact_inside_of_a_checkpoint_that_is_not_reentrant(
     torch.testing.assert_close(one.variance_trace, other.variance_trace, rtol=1e-12, atol=0)
 
 
+@pytest.mark.parametrize("options", [{}, {"uncovered": "ignore"}, {"groups": "first"}])
+def test_a_parameter_that_is_given_to_a_reentrant_checkpoint_is_refused(options):
+    torch.manual_seed(0)
+    first, places = nn.Linear(4, 4), nn.Parameter(torch.randn(6, 4))
+    if options.get("groups"):
+        options = {"groups": [first.parameters()]}
+    hidden = first(torch.randn(3, 6, 4))
+    hidden = checkpoint(lambda h, p: (h + p).tanh(), hidden, places * 2.0, use_reentrant=True)
+    with pytest.raises(UncoveredParameterError, match="given to a reentrant checkpoint"):
+        cabs_torch.backward(hidden.square().sum((1, 2)), **options)
+
+
 class Own(torch.autograd.Function):
     """A function that hides parameters and runs a backward pass of its own."""
 
