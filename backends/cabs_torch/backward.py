@@ -3,8 +3,7 @@
 Guarantees: the gradients are those of ``losses.mean().backward()`` to the bit; the statistics are
 exact up to rounding, or an error is raised before any gradient was written; on a GPU nothing waits
 for the device, except to try out an operation without a rule, or to see which rows an index takes.
-Assumes that no hook on the way
-changes a gradient, and that one thread at a time trains the model.
+Assumes that no hook on the way changes a gradient, and that one thread at a time trains the model.
 """
 
 from __future__ import annotations

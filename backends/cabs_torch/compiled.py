@@ -80,7 +80,7 @@ class CompiledStep:
             *map(_kind, batch),
         )
         if signature not in self._graphs:
-            self._graphs[signature] = self._trace(signature, trained, list(others), batch)
+            self._graphs[signature] = self._trace(signature, trained, others, batch)
         # The casts of autocast are in the graph.
         with torch.no_grad(), torch.autocast(device, enabled=False):
             graph = self._graphs[signature]
@@ -94,7 +94,11 @@ class CompiledStep:
         return losses, BatchStatistics(examples, examples, squares, means, coverage)
 
     def _trace(
-        self, signature: Signature, trained: dict[str, nn.Parameter], others: list[str], batch: Any
+        self,
+        signature: Signature,
+        trained: dict[str, nn.Parameter],
+        others: dict[str, Tensor],
+        batch: Any,
     ) -> Callable[..., Any]:
         def step(values: list[Tensor], constants: list[Tensor], batch: tuple[Tensor, ...]) -> Any:
             leaves = [value.detach().requires_grad_() for value in values]
@@ -110,9 +114,8 @@ class CompiledStep:
             return losses.detach(), gradients, statistics.group_square_sum, statistics.mean_square
 
         # Tracing runs the step once, which is not to be seen in random numbers and buffers.
-        state = dict(self._step.named_parameters()) | dict(self._step.named_buffers())
         values = [one.detach() for one in trained.values()]
-        constants = [state[name].detach().clone() for name in others]
+        constants = [one.detach().clone() for one in others.values()]
         with torch.random.fork_rng(), norms.traced(), torch.enable_grad():
             graph = make_fx(step)(values, constants, batch)
         compiled: Callable[..., Any] = torch.compile(graph, **self._compiler)

@@ -67,11 +67,8 @@ def _matrices(node: Node, layout: Layout, index: int, shape: Shape) -> Layout | 
     axis, _ = layout.axis()
     is_vector = name_of(node) in ("Addmv", "Mv")
     blocks = len(layout.shape) - (1 if is_vector else 2)
-    if axis < blocks:
-        # Each example has matrices of its own.
-        return layout.moved(shape, axis)
-    if axis - blocks == operand:
-        # The rows of Y are those of A, and its columns those of X.
+    if axis < blocks or axis - blocks == operand:
+        # Each example has matrices of its own, or rows of A, which are those of Y, or columns of X.
         return layout.moved(shape, axis)
     other = second if operand == 0 else first
     check_saved(node, other)

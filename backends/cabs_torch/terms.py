@@ -28,7 +28,7 @@ class Term(Protocol):
 
     @property
     def examples(self) -> int:
-        """N."""
+        """How many there are, n."""
 
     @property
     def shape(self) -> Shape:

@@ -129,20 +129,19 @@ class Calls:
     def __init__(self, node: Node, layouts: dict[int, Layout]) -> None:
         self._node = node
         self._layouts = layouts
-        self._indices: set[int] = set()
+        self._waiting: set[int] = set()
         self._rows: list[list[Tensor | None]] = []
 
     def join(self, index: int) -> Join:
         """Return the join of the node's ``index``-th input."""
-        self._indices.add(index)
-        waiting = self._indices
+        self._waiting.add(index)
 
         def term(cotangents: Sequence[Tensor | None], examples: int) -> Term | None:
             if not self._rows:
                 self._rows = [self._call(cotangents, example) for example in range(examples)]
             rows = [row[index] for row in self._rows]
-            waiting.discard(index)
-            if not waiting:
+            self._waiting.discard(index)
+            if not self._waiting:
                 self._rows = []
             given = [row for row in rows if row is not None]
             if not given:

@@ -48,8 +48,7 @@ class Windows:
         return len(self.inputs)
 
     def form(self, part: slice) -> Tensor:
-        some = replace(self, inputs=self.inputs[part], cotangents=self.cotangents[part])
-        return some._gradients().movedim(0, 3).reshape(-1, *self.shape)
+        return self._some(part)._gradients().movedim(0, 3).reshape(-1, *self.shape)
 
     def square_sum(self, chunk: int | None) -> Tensor:
         if self._is_cheaper_in_pairs():
@@ -57,9 +56,12 @@ class Windows:
         window = self.inputs[0].numel() * self.shape[-1]
         total = norms.zero(self.inputs.device)
         for part in norms.parts(self.examples, window + self.cotangents[0].numel(), chunk):
-            some = replace(self, inputs=self.inputs[part], cotangents=self.cotangents[part])
-            total += norms.square(some._gradients())
+            total += norms.square(self._some(part)._gradients())
         return total
+
+    def _some(self, part: slice) -> Windows:
+        """Return the gradients of some examples."""
+        return replace(self, inputs=self.inputs[part], cotangents=self.cotangents[part])
 
     def _is_cheaper_in_pairs(self) -> bool:
         frames, channels = self.inputs.shape[1:3]
@@ -102,8 +104,9 @@ class Windows:
         return total
 
     def _formed_in_double(self, part: slice) -> Tensor:
-        inputs, cotangents = self.inputs[part].double(), self.cotangents[part].double()
-        return norms.square(replace(self, inputs=inputs, cotangents=cotangents)._gradients())
+        some = self._some(part)
+        double = replace(some, inputs=some.inputs.double(), cotangents=some.cotangents.double())
+        return norms.square(double._gradients())
 
     def _grid(self) -> list[int]:
         """Return the shape of the padded input."""
@@ -125,11 +128,7 @@ class Windows:
         kernel, positions = self.shape[2:], self.cotangents.shape[3:]
         rank = len(kernel)
         at_once = rank if self.shape[1] * kernel[-1] < _NARROW else 1
-        inputs = norms.at_least_single(self.inputs)
-        if any(self.padding):
-            inputs = pad(
-                inputs, [side for width in reversed(self.padding) for side in (width,) * 2]
-            )
+        inputs = self._padded(self.inputs)
         for axis in range(rank - at_once, rank):
             reach = (kernel[axis] - 1) * self.dilation[axis] + 1
             windows = inputs.unfold(3 + axis, reach, self.stride[axis])
