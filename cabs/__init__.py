@@ -14,11 +14,13 @@ from cabs.rules import cabs_rule, noise_scale_rule, norm_test
 from cabs.sampler import BatchSampler
 from cabs.sizes import BatchSizes
 from cabs.statistics import GradientStatistics, PartialStatistics
+from cabs.verification import Checked, Verification
 
 __all__ = [
     "Averages",
     "BatchSampler",
     "BatchSizes",
+    "Checked",
     "Configuration",
     "Controller",
     "DebiasedAverage",
@@ -31,6 +33,7 @@ __all__ = [
     "Run",
     "RunLog",
     "State",
+    "Verification",
     "cabs_rule",
     "decide",
     "initial_state",

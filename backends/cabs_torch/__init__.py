@@ -8,15 +8,13 @@ from cabs_torch.backward import backward
 from cabs_torch.compiled import CompiledStep, compile  # noqa: A004
 from cabs_torch.errors import UncoveredParameterError
 from cabs_torch.statistics import BatchStatistics, mean_square
-from cabs_torch.verification import Checked, Verification, verify
+from cabs_torch.verification import verify
 
 __all__ = [
     "Accumulation",
     "BatchStatistics",
-    "Checked",
     "CompiledStep",
     "UncoveredParameterError",
-    "Verification",
     "backward",
     "compile",
     "mean_square",

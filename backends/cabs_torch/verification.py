@@ -8,48 +8,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from cabs import Checked, Verification
 from cabs_torch.backward import check_losses
 from cabs_torch.errors import names
 from cabs_torch.graph import Walk
 from cabs_torch.layout import Layout
 from cabs_torch.measure import Measurement
-
-
-@dataclass(frozen=True)
-class Checked:
-    """What was found about one parameter."""
-
-    name: str
-    """Its name in its outermost module, or its shape."""
-    rule: str
-    """How its gradients are had; what is the matter if they are not."""
-    error: float
-    """Relative error of the sum of squared norms; ``nan`` if it is not covered."""
-
-
-@dataclass(frozen=True)
-class Verification:
-    """A table, one row a parameter; ``str`` and ``print`` show it."""
-
-    rows: tuple[Checked, ...]
-
-    @property
-    def error(self) -> float:
-        """The largest relative error; ``nan`` if a parameter is not covered."""
-        errors = [row.error for row in self.rows]
-        return math.nan if any(map(math.isnan, errors)) else max(errors, default=0.0)
-
-    def __str__(self) -> str:
-        width = max(len("parameter"), *(len(row.name) for row in self.rows))
-        lines = [f"{'parameter':<{width}}  {'error':>7}  rule"]
-        lines += [f"{row.name:<{width}}  {row.error:>7.1e}  {row.rule}" for row in self.rows]
-        return "\n".join(lines)
 
 
 def verify(losses_of: Callable[[Any], Tensor], batch: Any) -> Verification:
@@ -66,7 +35,7 @@ def verify(losses_of: Callable[[Any], Tensor], batch: Any) -> Verification:
             its first axis, at least two.
 
     Returns:
-        A :class:`cabs_torch.Verification`: for each parameter the relative error, and the rules
+        A :class:`cabs.Verification`: for each parameter the relative error, and the rules
         that cover it, or why none does.
 
     Raises:

@@ -1,0 +1,250 @@
+"""The loss, its gradient and their statistics, in one call that stands for JAX's own.
+
+Guarantees: loss and gradients are those of ``jax.value_and_grad`` of the mean over the examples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from cabs_jax import norms, penalties, together
+from cabs_jax.arguments import Arguments, read_arguments, trace
+from cabs_jax.measure import Marks, Measurement
+from cabs_jax.plan import Leaf, Mode, plan_leaf, uses_of
+from cabs_jax.program import Value, read
+from cabs_jax.statistics import BatchStatistics, square_of
+
+
+def value_and_grad(
+    loss_fn: Callable[..., Any],
+    argnums: int | Sequence[int] = 0,
+    *,
+    has_aux: bool = False,
+    in_axes: Any = None,
+    sample: int | None = None,
+) -> Callable[..., Any]:
+    r"""Return a function that gives the mean loss, its gradient, and gradient statistics.
+
+    It stands for ``jax.value_and_grad`` of the mean of ``jax.vmap(loss_fn)``, and gives the same
+    loss and gradients. The statistics are exact: those of a loop over the examples, up to rounding.
+    Norms come out of the same backward pass; per-example gradients of matrices, convolution
+    kernels and embedding tables are not formed. Works inside ``jax.jit``, and with everything that
+    a jitted step may have around it.
+
+    Args:
+        loss_fn: From parameters and one example, without the batch axis, to its loss, of shape ().
+        argnums: Which arguments to differentiate, as in ``jax.value_and_grad``.
+        has_aux: Whether ``loss_fn`` returns ``(loss, aux)``.
+        in_axes: As in ``jax.vmap``, with an entry for each argument: the axis of the examples, or
+            None for what they share. By default None for what is differentiated, and 0 for
+            everything else. Random keys are split: ``jax.random.split(key, m)``.
+        sample: Over how many examples norms are taken, the first ones; all by default. The
+            estimate stays unbiased, varies more, and can be negative.
+
+    Returns:
+        A function of the same arguments, but batches in place of examples, and of ``mask``: which
+        examples count, booleans of shape (m,); all by default. It returns
+        ``(loss, statistics), gradients``, or ``(loss, statistics, aux), gradients``, with
+        a :class:`cabs_jax.BatchStatistics`, and ``aux`` stacked along a first axis.
+
+    Raises:
+        TypeError: If the loss is not a real number of shape ().
+        ValueError: If there are less than two examples, leaves differ in their number, or examples
+            are coupled by a named axis.
+
+    Source:
+        Balles, Romero, Hennig (arXiv 1612.05086), section 4.2, for the variance within a batch.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, cabs_jax
+        >>> def loss_fn(weight, example):
+        ...     return (weight @ example["x"] - example["y"]) ** 2
+        >>> batch = {"x": jnp.eye(2), "y": jnp.array([1.0, 3.0])}
+        >>> step = jax.jit(cabs_jax.value_and_grad(loss_fn))
+        >>> (loss, statistics), gradient = step(jnp.zeros(2), batch)
+        >>> float(loss), gradient.tolist(), float(statistics.variance_trace)
+        (5.0, [-1.0, -3.0], 20.0)
+    """
+
+    def measured(*args: Any, mask: Any = None) -> Any:
+        chosen = (argnums,) if isinstance(argnums, int) else tuple(argnums)
+        positions = tuple(at + len(args) if at < 0 else at for at in chosen)
+        found = measure(loss_fn, args, positions, has_aux, in_axes, sample, mask)
+        gradients = found.gradients[0] if isinstance(argnums, int) else found.gradients
+        total = sum(found.squares[1:], start=found.squares[0])
+        statistics = BatchStatistics(
+            found.examples.astype(jnp.int32),
+            found.examples.astype(jnp.int32),
+            total,
+            square_of(found.gradients),
+        )
+        if has_aux:
+            return (found.loss, statistics, found.aux), gradients
+        return (found.loss, statistics), gradients
+
+    return measured
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one backward pass gives.
+
+    Args:
+        loss: The mean loss.
+        aux: What else the loss function gives.
+        gradients: A tuple, one entry for each argument that is differentiated.
+        squares: For each leaf of these, in order, the sum over examples of squared norms.
+        leaves: What each of these is called, and how it was measured.
+        examples: How many there are.
+    """
+
+    loss: Array
+    aux: Any
+    gradients: tuple[Any, ...]
+    squares: list[Array]
+    leaves: dict[str, Leaf]
+    examples: Array
+
+
+def measure(
+    loss_fn: Callable[..., Any],
+    args: Sequence[Any],
+    argnums: Sequence[int],
+    has_aux: bool,
+    in_axes: Any,
+    sample: int | None,
+    mask: Any,
+) -> Measured:
+    """Run the loss of one example for all of them, forward and backward, and measure."""
+    arguments = read_arguments(args, argnums, in_axes)
+    examples = arguments.examples
+    if sample is not None and not 1 <= sample <= examples:
+        raise ValueError(f"sample must be in [1, {examples}], got sample = {sample}")
+    mask = None if mask is None else jnp.asarray(mask)
+    counted = _counted(mask, examples)
+    closed, structure = trace(loss_fn, arguments, has_aux)
+    scope = read(closed, arguments.statuses)
+    terms = penalties.separate(scope)
+    uses = uses_of(scope)
+    inputs = scope.inputs[: len(arguments.leaves)]
+    leaves = {value: plan_leaf(value, uses[value]) for value in inputs if value in uses}
+    names = dict(zip(inputs, arguments.paths, strict=True))
+    measurement = Measurement(scope, leaves, names, sample or examples)
+
+    def mean_loss(parameters: Any, flat_marks: Any) -> tuple[Array, Any]:
+        given = _with(arguments, argnums, parameters, args)
+
+        def one(batched: list[Any], flat: Any, anchor: Array) -> Any:
+            found = iter(batched)
+            own = [
+                leaf if axis is None else next(found)
+                for leaf, axis in zip(given, arguments.axes, strict=True)
+            ]
+            return measurement.run([*own, *closed.consts], marks.rebuilt(flat), anchor)
+
+        batched = [
+            (leaf, axis)
+            for leaf, axis in zip(given, arguments.axes, strict=True)
+            if axis is not None
+        ]
+        losses, *aux = jax.vmap(one, in_axes=([axis for _, axis in batched], 0, 0))(
+            [leaf for leaf, _ in batched], flat_marks, anchor
+        )
+        if mask is None:
+            return jnp.mean(losses), aux
+        total = jnp.sum(jnp.where(mask, losses, jnp.zeros_like(losses)))
+        return total / counted.astype(losses.dtype), aux
+
+    marks = measurement.zeros()
+    anchor = _anchor(arguments)
+    zeros = jax.tree.map(
+        lambda one: lax.broadcast_in_dim(anchor, (examples, *one.shape), (0,)).astype(one.dtype),
+        marks.flat(),
+    )
+    parameters = tuple(args[at] for at in argnums)
+    (loss, aux), (gradients, flat_found) = jax.value_and_grad(
+        mean_loss, argnums=(0, 1), has_aux=True
+    )(parameters, zeros)
+    found = marks.rebuilt(flat_found)
+    share = _share(sample, mask, counted, examples)
+    squares = {}
+    for value, leaf in leaves.items():
+        square = _square(value, leaf, found, sample)
+        squares[value] = square * (counted**2 * share).astype(square.dtype)
+    if terms:
+        known = dict(zip(scope.inputs, [*arguments.leaves, *closed.consts], strict=True))
+        shifts = penalties.gradients(terms, list(leaves), known)
+        flat = jax.tree.leaves(_with(arguments, argnums, gradients, args))
+        for value, gradient in zip(inputs, flat, strict=True):
+            if value in leaves:
+                squares[value] = penalties.shifted(squares[value], counted, gradient, shifts[value])
+    return Measured(
+        loss,
+        jax.tree.unflatten(structure, aux),
+        gradients,
+        [squares[value] for value in leaves],
+        {names[value]: leaf for value, leaf in leaves.items()},
+        counted,
+    )
+
+
+def _with(
+    arguments: Arguments, argnums: Sequence[int], parameters: Any, args: Sequence[Any]
+) -> list[Any]:
+    """Return the leaves of all arguments, some of which are replaced."""
+    replaced = list(args)
+    for at, parameter in zip(argnums, parameters, strict=True):
+        replaced[at] = parameter
+    return [
+        new if is_parameter else leaf
+        for new, leaf, is_parameter in zip(
+            jax.tree.leaves(tuple(replaced)), arguments.leaves, arguments.is_parameter, strict=True
+        )
+    ]
+
+
+def _anchor(arguments: Arguments) -> Array:
+    """Return false for each example, shape (m,), on the devices that the examples are on."""
+    for leaf, axis in zip(arguments.leaves, arguments.axes, strict=True):
+        if axis is not None and jnp.issubdtype(leaf.dtype, jnp.number):
+            rest = [at for at in range(leaf.ndim) if at != axis]
+            return jnp.any(leaf != leaf, axis=rest) & False
+    return jnp.zeros(arguments.examples, bool)
+
+
+def _counted(mask: Any, examples: int) -> Array:
+    """Return how many examples count, in float32."""
+    if mask is None:
+        return jnp.asarray(examples, jnp.float32)
+    if jnp.shape(mask) != (examples,) or not jnp.issubdtype(jnp.result_type(mask), bool):
+        raise ValueError(
+            f"mask must hold booleans of shape ({examples},), got {jnp.result_type(mask)} of shape "
+            f"{jnp.shape(mask)}"
+        )
+    return jnp.sum(mask, dtype=jnp.float32)
+
+
+def _share(sample: int | None, mask: Any, counted: Array, examples: int) -> Array:
+    """Return how many examples stand behind each one whose norm was taken."""
+    if sample is None or sample == examples:
+        return jnp.ones((), jnp.float32)
+    if mask is None:
+        return counted / sample
+    return counted / jnp.sum(mask[:sample], dtype=jnp.float32)
+
+
+def _square(value: Value, leaf: Leaf, marks: Marks, sample: int | None) -> Array:
+    """Return the sum over examples of squared norms of one parameter's gradients."""
+    if leaf.mode is Mode.SQUARES:
+        return jnp.sum(marks.squares[value])
+    if leaf.mode is Mode.GRADIENTS:
+        return jnp.sum(norms.square(marks.gradients[value][:sample]))
+    pairs = [marks.factors[use.join] for use in leaf.uses]
+    some = jax.tree.map(lambda array: array[:sample], pairs)
+    return jnp.sum(together.square(leaf.factors, some))

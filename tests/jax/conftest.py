@@ -1,0 +1,15 @@
+"""Every test runs in strict promotion mode, on two devices."""
+
+import os
+
+# Read when the first array is made.
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
+
+import jax
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def _strict():
+    with jax.numpy_dtype_promotion("strict"):
+        yield

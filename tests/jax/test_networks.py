@@ -1,0 +1,168 @@
+"""Networks drawn block by block, with parameters that are tied and used again."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax import lax
+
+import cabs_jax
+from tests.jax.reference import assert_exact, assert_same, draw, mean_loss
+
+LENGTH, WIDTH = 5, 4
+
+
+def normalized(h, p):
+    h = h - jnp.mean(h, axis=-1, keepdims=True)
+    return h * lax.rsqrt(jnp.mean(h * h, axis=-1, keepdims=True) + 0.1) * p["v"] + p["v2"]
+
+
+def attention(h, p):
+    q, k, v = jnp.einsum("td,dchk->chtk", h, p["m"].reshape(WIDTH, 1, 2, 2) * jnp.ones((3, 1, 1)))
+    mixed = jnp.einsum("hts,hsk->thk", jax.nn.softmax(jnp.einsum("htk,hsk->hts", q, k)), v)
+    return h + jnp.einsum("thk,hkd->td", mixed, p["m2"].reshape(2, 2, WIDTH))
+
+
+def weight_normalized(h, p):
+    return h @ (p["m"] / jnp.linalg.norm(p["m"], axis=0) * p["v"])
+
+
+def convolved(h, p):
+    return lax.conv_general_dilated(
+        h.T[None], p["k"], (1,), "SAME", dimension_numbers=("NCH", "OIH", "NCH")
+    )[0].T
+
+
+def recurrent(h, p):
+    def cell(state, row):
+        state = jnp.tanh(row @ p["m"] + state @ p["m2"] + p["v"])
+        return state, state
+
+    return lax.scan(cell, p["v2"], h)[1]
+
+
+def stacked(h, p):
+    def layer(h, each):
+        m, v = each
+        return jnp.tanh(h @ m + v), None
+
+    return lax.scan(jax.checkpoint(layer), h, (p["s"], p["s"][:, 0]))[0]
+
+
+def routed(h, p):
+    return jax.vmap(lambda row: lax.cond(row[0] > 0, lambda r: r @ p["m"], jnp.sin, row))(h)
+
+
+BLOCKS = {
+    "matrix": lambda h, p: h @ p["m"],
+    "twice the same matrix": lambda h, p: jnp.tanh(h @ p["m"]) @ p["m"].T,
+    "bias": lambda h, p: h + p["v"],
+    "scale": lambda h, p: h * p["v"],
+    "normalization": normalized,
+    "attention": attention,
+    "weight normalization": weight_normalized,
+    "convolution": convolved,
+    "recurrence": recurrent,
+    "stacked layers": stacked,
+    "routing": routed,
+    "halves of a matrix": lambda h, p: (h[:, :2] @ p["m"][:2]) * (h[:, 2:] @ p["m"][2:]),
+    "jitted": lambda h, p: jax.jit(lambda h, m: jax.nn.silu(h @ m))(h, p["m"]),
+}
+
+
+def parameters(index):
+    return {
+        "m": draw(3 * index, WIDTH, WIDTH),
+        "m2": draw(3 * index + 1, WIDTH, WIDTH),
+        "v": 1.0 + 0.3 * draw(3 * index + 2, WIDTH),
+        "v2": draw(3 * index + 3, WIDTH),
+        "k": draw(3 * index + 4, WIDTH, WIDTH, 3),
+        "s": 0.5 * draw(3 * index + 5, 3, WIDTH, WIDTH),
+    }
+
+
+@given(
+    names=st.lists(st.sampled_from(sorted(BLOCKS)), min_size=1, max_size=4),
+    is_shared=st.booleans(),
+    is_double=st.booleans(),
+    examples=st.sampled_from([2, 8]),
+)
+@settings(max_examples=8)
+def test_random_networks_are_exact(names, is_shared, is_double, examples):
+    def loss_fn(parameters, example):
+        h = parameters["table"][example["ids"]] * example["scale"]
+        for index, name in enumerate(names):
+            h = BLOCKS[name](h, parameters["blocks"][0 if is_shared else index])
+        scores = jnp.tanh(h) @ parameters["table"].T
+        return -jnp.mean(jax.nn.log_softmax(scores)[:, 1]) + 0.1 * jnp.sum(scores**2)
+
+    with jax.enable_x64(is_double):
+        blocks = [parameters(index) for index in range(1 if is_shared else len(names))]
+        ids = np.random.default_rng(1).integers(0, 7, (examples, LENGTH))
+        batch = {"ids": jnp.asarray(ids), "scale": draw(2, examples, 1)}
+        assert_exact(loss_fn, {"table": draw(0, 7, WIDTH), "blocks": blocks}, batch)
+
+
+@pytest.mark.parametrize("name", sorted(BLOCKS))
+def test_each_block_is_exact_with_jit_and_without(name):
+    def loss_fn(parameters, example):
+        return jnp.sum(jnp.sin(BLOCKS[name](example, parameters)))
+
+    assert_exact(loss_fn, parameters(0), draw(9, 8, LENGTH, WIDTH), jitted=(True, False))
+
+
+@given(
+    widths=st.lists(st.integers(1, 6), min_size=2, max_size=4),
+    examples=st.integers(2, 6),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=5)
+def test_a_perceptron_is_exact_against_gradients_written_out_in_numpy(widths, examples, seed):
+    rng = np.random.default_rng(seed)
+    weights = [rng.normal(size=pair) for pair in itertools.pairwise(widths)]
+    biases = [rng.normal(size=width) for width in widths[1:]]
+    inputs = rng.normal(size=(examples, widths[0]))
+
+    squares, mean = 0.0, 0.0
+    for x in inputs:
+        layers = [x]
+        for weight, bias in zip(weights, biases, strict=True):
+            layers.append(np.tanh(layers[-1] @ weight + bias))
+        cotangent, rows = layers[-1], []
+        for weight, before, after in reversed(list(zip(weights, layers, layers[1:], strict=False))):
+            cotangent = cotangent * (1 - after**2)
+            rows += [np.outer(before, cotangent).ravel(), cotangent]
+            cotangent = weight @ cotangent
+        gradient = np.concatenate(rows)
+        squares, mean = squares + gradient @ gradient, mean + gradient / examples
+
+    def loss_fn(parameters, x):
+        for weight, bias in parameters:
+            x = jnp.tanh(x @ weight + bias)
+        return 0.5 * jnp.sum(x**2)
+
+    with jax.enable_x64(True):
+        given_parameters = [
+            (jnp.asarray(w), jnp.asarray(b)) for w, b in zip(weights, biases, strict=True)
+        ]
+        measured = jax.jit(cabs_jax.value_and_grad(loss_fn))
+        (_, statistics), _ = measured(given_parameters, jnp.asarray(inputs))
+        np.testing.assert_allclose(statistics.group_square_sum, squares, rtol=1e-12)
+        np.testing.assert_allclose(statistics.mean_square, mean @ mean, rtol=1e-9, atol=1e-18)
+
+
+def test_a_network_of_some_size_is_the_same_to_the_bit():
+    def loss_fn(parameters, x):
+        for m in parameters:
+            x = jax.nn.gelu(x @ m) + x
+        return jnp.mean(jnp.square(x))
+
+    matrices = [0.05 * draw(index, 128, 128) for index in range(3)]
+    batch = draw(5, 16, 64, 128)
+    (loss, _), gradients = jax.jit(cabs_jax.value_and_grad(loss_fn))(matrices, batch)
+    plain = jax.jit(jax.value_and_grad(mean_loss(loss_fn)))(matrices, batch)
+    assert_same((loss, gradients), plain)
