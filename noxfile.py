@@ -13,8 +13,11 @@ import nox
 
 ROOT = Path(__file__).parent
 PROJECT = nox.project.load_toml(ROOT / "pyproject.toml")
+GROUPS = PROJECT["dependency-groups"]
 PYTHONS = nox.project.python_versions(PROJECT)
-FRAMEWORKS = ("torch",)
+FRAMEWORKS = ("torch", "jax")
+# The oldest release of a framework that is supported, tested beside the newest.
+OLDEST = {"jax": "jax==0.8.0"}
 
 nox.options.default_venv_backend = "virtualenv"
 nox.options.download_python = "never"
@@ -52,15 +55,21 @@ def tests(session: nox.Session, target: str) -> None:
         install(session, "-e", ".[plot]", groups=("test",))
         run_tests(session, "cabs")
     else:
-        install(session, "-e", f".[{target},examples]", groups=("test",))
+        groups = ("test", f"test-{target}") if f"test-{target}" in GROUPS else ("test",)
+        install(session, "-e", f".[{target},examples]", groups=groups)
         run_tests(session, f"tests/{target}", f"backends/cabs_{target}")
-        session.run("pytest", "tests/examples", *session.posargs)
+        session.run("pytest", "tests/examples", "--backend", target, *session.posargs)
+        if target in OLDEST:
+            # Against the newest versions that the constraints pin, and then without them.
+            session.install(OLDEST[target])
+            libraries = f"--ignore=tests/{target}/test_libraries.py"
+            session.run("pytest", f"tests/{target}", libraries, *session.posargs)
 
 
 @nox.session
 def lint(session: nox.Session) -> None:
     """Check style and types."""
-    install(session, "-e", ".[torch,plot]", groups=("lint", "test"))
+    install(session, "-e", ".[jax,torch,plot]", groups=("lint", "test"))
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
     session.run("mypy")
@@ -69,7 +78,7 @@ def lint(session: nox.Session) -> None:
 @nox.session
 def docs(session: nox.Session) -> None:
     """Build the documentation with warnings as errors, and run its examples."""
-    install(session, "-e", ".[torch,plot]", groups=("docs",))
+    install(session, "-e", ".[jax,torch,plot]", groups=("docs",))
     for builder in ("html", "doctest"):
         target = f"docs/_build/{builder}"
         session.run("sphinx-build", "-W", "--keep-going", "-q", "-b", builder, "docs", target)
@@ -84,20 +93,27 @@ def package(session: nox.Session) -> None:
     session.run("python", "-m", "build", "--outdir", str(built), str(ROOT), silent=True)
     (wheel,) = built.glob("*.whl")
     session.run("python", "-m", "pip", "uninstall", "-qy", "build")
-    install(session, f"{wheel}[torch,plot]", groups=("test",))
+    install(session, f"{wheel}[jax,torch,plot]", groups=("test",))
     away = Path(session.create_tmp()) / "away"
     shutil.rmtree(away, ignore_errors=True)
     shutil.copytree(ROOT / "tests", away / "tests")
     shutil.copy(ROOT / "pyproject.toml", away)
     session.chdir(away)
     session.run("python", "-c", PROVE_INSTALLED)
-    session.run("pytest", "tests/core", "tests/torch", *session.posargs)
+    frameworks = [f"tests/{name}" for name in FRAMEWORKS]
+    session.run(
+        "pytest",
+        "tests/core",
+        *frameworks,
+        "--ignore=tests/jax/test_libraries.py",
+        *session.posargs,
+    )
 
 
 PROVE_INSTALLED = """
-import cabs, cabs_torch, pathlib, sysconfig
+import cabs, cabs_jax, cabs_torch, pathlib, sysconfig
 site = pathlib.Path(sysconfig.get_path("purelib"))
-for module in (cabs, cabs_torch):
+for module in (cabs, cabs_jax, cabs_torch):
     assert pathlib.Path(module.__file__).is_relative_to(site), module.__file__
     assert pathlib.Path(module.__file__).with_name("py.typed").exists()
 """
@@ -106,6 +122,6 @@ for module in (cabs, cabs_torch):
 @nox.session
 def bench(session: nox.Session) -> None:
     """Measure the core and the adapters; nothing else should run meanwhile."""
-    install(session, "-e", ".[torch]")
-    for benchmark in ("core", "steps_torch"):
+    install(session, "-e", ".[jax,torch]")
+    for benchmark in ("core", "steps_torch", "steps_jax"):
         session.run("python", f"tests/benchmarks/{benchmark}.py", *session.posargs)

@@ -16,7 +16,7 @@ extensions = [
 html_theme = "furo"
 html_title = f"cabs {version}"
 nitpicky = True
-# Names of NumPy, PyTorch and the standard library, which have documentation of their own.
+# Names of NumPy, PyTorch, JAX and the standard library, which have documentation of their own.
 nitpick_ignore_regex = [("py:.*", r"(?!cabs).*")]
 
 autodoc_member_order = "bysource"

@@ -1,6 +1,7 @@
 """Trains a small network on images while CABS sets the batch size.
 
     python examples/digits.py
+    python examples/digits.py --backend jax
     python examples/digits.py --backend numpy
     python examples/digits.py --data fashion-mnist --data-dir DIR --epochs 3
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, Protocol
 
 from datasets import Images, Labels
 
-BACKENDS = ("torch", "numpy")
+BACKENDS = ("torch", "jax", "numpy")
 
 
 class Step(NamedTuple):
@@ -30,7 +30,31 @@ class Trainer(Protocol):
         ...
 
 
+class Shape(NamedTuple):
+    """The sizes of a language model."""
+
+    characters: int
+    length: int
+    width: int
+    heads: int
+    layers: int
+
+
+class LanguageTrainer(Protocol):
+    """A language model and its gradient descent, in some framework."""
+
+    def step(self, text: Labels, learning_rate: float) -> Step:
+        """Take one step on a batch of texts, shape (m, length + 1)."""
+        ...
+
+
 def trainer(backend: str, image_shape: tuple[int, ...], classes: int, seed: int) -> Trainer:
     """Return the trainer of a backend, from the module ``train_<backend>``."""
     made: Trainer = importlib.import_module(f"train_{backend}").Trainer(image_shape, classes, seed)
+    return made
+
+
+def language_trainer(backend: str, shape: Shape, seed: int) -> LanguageTrainer:
+    """Return the trainer of a backend, from the module ``language_<backend>``."""
+    made: LanguageTrainer = importlib.import_module(f"language_{backend}").Trainer(shape, seed)
     return made

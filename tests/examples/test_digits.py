@@ -24,20 +24,24 @@ def run(out, *options):
     return float(accuracy[1]), cabs.read_run(out / "run.jsonl")
 
 
-@pytest.mark.parametrize(("backend", "epochs"), [("torch", 8), ("numpy", 3)])
-def test_digits_are_learned_while_the_batch_size_moves(tmp_path, backend, epochs):
-    accuracy, log = run(tmp_path, "--backend", backend, "--epochs", str(epochs))
-    assert accuracy >= 0.95 if backend == "torch" else accuracy >= 0.90
-    seen = sum(numbers["examples"] for numbers in log.measurements)
-    assert seen == epochs * 1437
-    if backend == "torch":
-        sizes = {decision.batch_size for decision in log.decisions}
-        assert min(sizes) == 16
-        assert max(sizes) >= 32
+def test_digits_are_learned_while_the_batch_size_moves(tmp_path, backend):
+    accuracy, log = run(tmp_path, "--backend", backend, "--epochs", "8")
+    assert accuracy >= 0.95
+    assert sum(numbers["examples"] for numbers in log.measurements) == 8 * 1437
+    sizes = {decision.batch_size for decision in log.decisions}
+    assert min(sizes) == 16
+    assert max(sizes) >= 32
 
 
-def test_the_same_seed_gives_the_same_run_to_the_bit(tmp_path):
-    logs = [run(tmp_path / name, "--epochs", "1")[1] for name in ("one", "two")]
+def test_any_loop_will_do(tmp_path):
+    accuracy, log = run(tmp_path, "--backend", "numpy", "--epochs", "3")
+    assert accuracy >= 0.90
+    assert sum(numbers["examples"] for numbers in log.measurements) == 3 * 1437
+
+
+def test_the_same_seed_gives_the_same_run_to_the_bit(tmp_path, backend):
+    options = ("--backend", backend, "--epochs", "1")
+    logs = [run(tmp_path / name, *options)[1] for name in ("one", "two")]
     assert logs[0] == logs[1]
 
 

@@ -29,9 +29,9 @@ def run(*options):
         ),
     ],
 )
-def test_the_loss_falls(tmp_path, text):
+def test_the_loss_falls(tmp_path, text, backend):
     small = ("--steps", 60, "--width", 32, "--layers", 2, "--length", 32)
-    result = run("--text", text, "--out", tmp_path, *small)
+    result = run("--text", text, "--backend", backend, "--out", tmp_path, *small)
     assert result.returncode == 0, result.stderr
     first, last = map(float, re.search(r"loss (.*) at first, (.*) at last", result.stdout).groups())
     assert last < first - 0.3
