@@ -3,12 +3,14 @@
     python tests/benchmarks/steps_jax.py
 
 Time is a ratio of neighbouring steps, on to off, with its quartiles; so is the time to trace and
-compile a step; memory is what the compiled step says of its temporaries. On a GPU the same. Writes
-JSON with --json FILE.
+compile a step; memory is what the compiled step says of its temporaries. Statistics are held against
+a loop over a few examples, and a step that waits for a device is an error, on a GPU too. Writes JSON
+with --json FILE.
 """
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -20,6 +22,9 @@ from networks_jax import NETWORKS, Network
 from rounds import describe, measure, options, quartiles, write
 
 import cabs_jax
+
+# Relative error that single precision may have, over networks of millions of parameters.
+TOLERANCE = 1e-4
 
 # Microbatches in which a batch is taken for statistics from groups.
 GROUPS = 4
@@ -90,13 +95,20 @@ def compiled(step: Step, parameters: Any, batch: Any) -> tuple[Any, float]:
     return found, time.perf_counter() - start
 
 
+def error(network: Network, parameters: Any) -> float:
+    """Return the relative error of squared norms over a few examples."""
+    with jax.default_matmul_precision("highest"):
+        return cabs_jax.verify(network.loss, parameters, network.batch(4)).error
+
+
 def run(step: Any, parameters: Any, batch: Any) -> None:
     """Take a compiled step, and wait for it."""
     jax.block_until_ready(step(parameters, batch))
 
 
-def main() -> None:
-    """Measure, print, and write."""
+def main() -> int:
+    """Check, measure, print, and write; return how much is wrong."""
+    wrong = 0
     chosen = options(__doc__)
     device = jax.devices()[0]
     result: dict[str, object] = {
@@ -106,15 +118,20 @@ def main() -> None:
         "threads": 2,
     }
     for name, network in NETWORKS.items():
-        print(f"{name}, m = {network.examples}")
         parameters, batch = network.parameters(), network.batch(network.examples)
-        rows = {}
+        relative = error(network, parameters)
+        print(f"{name}, m = {network.examples}: relative error {relative:.1e}")
+        wrong += relative > TOLERANCE
+        rows: dict[str, object] = {"relative error": relative}
         for label, makers in STEPS.items():
             runs, compiling, memory = [], [], []
             for maker in makers:
                 step, seconds = compiled(maker(network), parameters, batch)
                 compiling.append(min(seconds, compiled(maker(network), parameters, batch)[1]))
                 memory.append(step.memory_analysis().temp_size_in_bytes)
+                run(step, parameters, batch)
+                with jax.transfer_guard("disallow"):
+                    step(parameters, batch)
                 runs.append(partial(run, step, parameters, batch))
             seconds = measure(network.pairs, *runs)
             ratio = quartiles([b / a for a, b in zip(*seconds, strict=True)])
@@ -132,7 +149,8 @@ def main() -> None:
             )
         result[name] = rows
     write(chosen, result)
+    return wrong
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(min(main(), 1))

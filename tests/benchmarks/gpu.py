@@ -1,0 +1,31 @@
+"""On a machine with a GPU: everything there is to check and to measure, in PyTorch and in JAX.
+
+    python tests/benchmarks/gpu.py FOLDER
+
+Leaves torch.json and jax.json in the folder. Ends with an error if a statistic is wrong or a step
+waits for the device.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+SCRIPTS = {"torch": "gpu_torch.py", "jax": "steps_jax.py"}
+
+
+def main() -> int:
+    """Run the scripts one after the other; return how many fail."""
+    folder = Path(sys.argv[1])
+    folder.mkdir(parents=True, exist_ok=True)
+    here = Path(__file__).parent
+    failed = 0
+    for name, script in SCRIPTS.items():
+        command = [sys.executable, str(here / script), "--json", str(folder / f"{name}.json")]
+        failed += subprocess.run(command, check=False).returncode != 0
+    return failed
+
+
+if __name__ == "__main__":
+    sys.exit(main())
