@@ -67,6 +67,9 @@ def in_chunks(function: Callable[..., Array], arrays: Sequence[Array], needed: i
     if chunks <= 1:
         return function(*arrays)
     size = examples // chunks
+    # Chunks that leave no rest are compiled once.
+    even = max(some for some in range(1, size + 1) if examples % some == 0)
+    size = even if 2 * even >= size else size
     chunks = examples // size
 
     def head(array: Array) -> Array:

@@ -3,9 +3,9 @@
     python tests/benchmarks/steps_jax.py
 
 Time is a ratio of neighbouring steps, on to off, with its quartiles; so is the time to trace and
-compile a step; memory is what the compiled step says of its temporaries. Statistics are held against
-a loop over a few examples, and a step that waits for a device is an error, on a GPU too. Writes JSON
-with --json FILE.
+compile a step; memory is what the compiled step says of its temporaries. Statistics are held
+against a loop over a few examples, and a step that waits for a device is an error, on a GPU too.
+Writes JSON with --json FILE.
 """
 
 from __future__ import annotations
