@@ -92,7 +92,7 @@ def value_and_grad(
 
 
 @dataclass(frozen=True)
-class Measured:
+class Result:
     """What one backward pass gives.
 
     Args:
@@ -120,7 +120,7 @@ def measure(
     in_axes: Any,
     sample: int | None,
     mask: Any,
-) -> Measured:
+) -> Result:
     """Run the loss of one example for all of them, forward and backward, and measure."""
     arguments = read_arguments(args, argnums, in_axes)
     examples = arguments.examples
@@ -184,7 +184,7 @@ def measure(
         for value, gradient in zip(inputs, flat, strict=True):
             if value in leaves:
                 squares[value] = penalties.shifted(squares[value], counted, gradient, shifts[value])
-    return Measured(
+    return Result(
         loss,
         jax.tree.unflatten(structure, aux),
         gradients,
