@@ -145,6 +145,12 @@ def _size(array: Any, axis: int, name: str) -> int:
     return int(array.shape[axis])
 
 
+def positions_of(argnums: int | Sequence[int], count: int) -> tuple[int, ...]:
+    """Return which of so many arguments are differentiated, counted from the first."""
+    chosen = (argnums,) if isinstance(argnums, int) else tuple(argnums)
+    return tuple(at + count if at < 0 else at for at in chosen)
+
+
 def trace(
     loss_fn: Callable[..., Any], arguments: Arguments, has_aux: bool
 ) -> tuple[ClosedJaxpr, Any]:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from cabs_jax import norms, penalties, together
-from cabs_jax.arguments import Arguments, read_arguments, trace
+from cabs_jax.arguments import Arguments, positions_of, read_arguments, trace
 from cabs_jax.measure import Marks, Measurement
 from cabs_jax.plan import Leaf, Mode, plan_leaf, uses_of
 from cabs_jax.program import Value, read
@@ -73,8 +73,7 @@ def value_and_grad(
     """
 
     def measured(*args: Any, mask: Any = None) -> Any:
-        chosen = (argnums,) if isinstance(argnums, int) else tuple(argnums)
-        positions = tuple(at + len(args) if at < 0 else at for at in chosen)
+        positions = positions_of(argnums, len(args))
         found = measure(loss_fn, args, positions, has_aux, in_axes, sample, mask)
         gradients = found.gradients[0] if isinstance(argnums, int) else found.gradients
         total = sum(found.squares[1:], start=found.squares[0])

@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.custom_batching import custom_vmap
-from jax.extend.core import Literal
 
 from cabs_jax import norms
 from cabs_jax.derivative import Derivative, derivative
@@ -28,7 +27,7 @@ from cabs_jax.program import (
     Spread,
     Status,
     Value,
-    aval_of,
+    known_value,
     roots_of,
     view_of,
 )
@@ -412,13 +411,6 @@ def joins_of(scope: Scope) -> set[Operation]:
         elif isinstance(operation, Nested):
             found.update(*map(joins_of, operation.bodies))
     return found
-
-
-def known_value(atom: Atom, known: Mapping[Value, Any]) -> Any:
-    """Return the value of an atom."""
-    if isinstance(atom, Literal):
-        return jnp.asarray(atom.val, aval_of(atom).dtype)
-    return known[atom]
 
 
 def _derivative(join: Operation, site: Site) -> tuple[Derivative, list[Atom]]:

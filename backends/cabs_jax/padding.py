@@ -55,6 +55,6 @@ def pad(batch: Any, sizes: BatchSizes | int) -> tuple[Any, Any]:
             f"a batch of {examples} examples cannot be filled up to any of {sizes}; give it at "
             "least one example and no more than the largest size"
         )
-    places = np.arange(size) % size
-    places[examples:] = 0
-    return jax.tree.map(lambda array: array[places], arrays), np.arange(size) < examples
+    mask = np.arange(size) < examples
+    places = np.where(mask, np.arange(size), 0)
+    return jax.tree.map(lambda array: array[places], arrays), mask

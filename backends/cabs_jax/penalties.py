@@ -12,10 +12,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.extend.core import Literal
 
 from cabs_jax import norms
-from cabs_jax.program import Atom, Scope, Status, Value, aval_of, is_parameter, roots_of, status_of
+from cabs_jax.program import (
+    Atom,
+    Scope,
+    Status,
+    Value,
+    aval_of,
+    is_parameter,
+    known_value,
+    roots_of,
+    status_of,
+)
 
 # Elements of a parameter from which its penalty is worth a form of its own.
 _LARGE = 2**12
@@ -93,14 +102,12 @@ def gradients(
 
 
 def _evaluate(atom: Atom, known: dict[Value, Any]) -> Any:
-    if isinstance(atom, Literal):
-        return jnp.asarray(atom.val, aval_of(atom).dtype)
-    if atom not in known:
+    if isinstance(atom, Value) and atom not in known:
         # Only inputs have no maker, and they are known.
         maker: Any = atom.maker
         inputs = [_evaluate(one, known) for one in maker.inputs]
         known.update(zip(maker.outputs, maker.evaluate(inputs), strict=True))
-    return known[atom]
+    return known_value(atom, known)
 
 
 def shifted(square: Array, examples: Array, gradient: Array, shift: Array) -> Array:

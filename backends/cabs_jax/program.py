@@ -7,7 +7,7 @@ branches are entered wherever parameters go into them. Nothing is computed here.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -139,6 +139,13 @@ def aval_of(atom: Atom) -> Any:
     return atom.aval
 
 
+def known_value(atom: Atom, known: Mapping[Value, Any]) -> Any:
+    """Return the value of an atom."""
+    if isinstance(atom, Literal):
+        return jnp.asarray(atom.val, aval_of(atom).dtype)
+    return known[atom]
+
+
 def is_certain(atom: Atom) -> bool:
     """Return whether JAX is sure to take an atom to differ from example to example."""
     return isinstance(atom, Value) and atom.is_certain
@@ -239,8 +246,7 @@ class _Reader:
         for equation in jaxpr.eqns:
             inputs = tuple(map(self.of, equation.invars))
             enter = _ENTER.get(str(equation.primitive.name))
-            mixed = {Status.PARAMETER, Status.EXAMPLE} <= {*map(status_of, inputs)}
-            if enter and mixed and enter(self, equation, inputs, operations):
+            if enter and _is_mixed(inputs) and enter(self, equation, inputs, operations):
                 continue
             self.append(equation, inputs, operations)
 
@@ -248,8 +254,8 @@ class _Reader:
         self, equation: JaxprEqn, inputs: tuple[Atom, ...], operations: list[Operation]
     ) -> None:
         found = {status_of(atom) for atom in inputs}
-        mixed = {Status.PARAMETER, Status.EXAMPLE} <= found
-        operation = (Join if mixed else Operation)(equation, inputs, debug_info=self.debug_info)
+        kind = Join if _is_mixed(inputs) else Operation
+        operation = kind(equation, inputs, debug_info=self.debug_info)
         operations.append(operation)
         if Status.EXAMPLE in found:
             status = Status.EXAMPLE
@@ -416,6 +422,11 @@ class _Reader:
             if is_fixed:
                 self.bind([equation.outvars[at - constants]], [given[at]])
         return True
+
+
+def _is_mixed(inputs: Sequence[Atom]) -> bool:
+    """Return whether parameters meet the example among inputs."""
+    return {Status.PARAMETER, Status.EXAMPLE} <= {*map(status_of, inputs)}
 
 
 def _has_programs(equation: JaxprEqn) -> bool:

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from cabs import Checked, Verification
-from cabs_jax.arguments import read_arguments
+from cabs_jax.arguments import positions_of, read_arguments
 from cabs_jax.gradient import measure
 
 
@@ -54,8 +54,7 @@ def verify(
         >>> [(row.name, row.rule) for row in found.rows]
         [("argument 0['bias']", 'formed at add'), ("argument 0['weight']", 'matrix')]
     """
-    chosen = (argnums,) if isinstance(argnums, int) else tuple(argnums)
-    positions = tuple(at + len(args) if at < 0 else at for at in chosen)
+    positions = positions_of(argnums, len(args))
     found = measure(loss_fn, args, positions, has_aux, in_axes, None, None)
     arguments = read_arguments(args, positions, in_axes)
     expected = dict.fromkeys(found.leaves, 0.0)

@@ -6,7 +6,7 @@ Guarantees: a view holds each element of its region once, and nothing else.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -53,19 +53,16 @@ class View:
             outer: The view that is this one's root.
             skipped: How many of its first axes this one's root does not have: 1 for a slice.
         """
-        region = list(outer.region)
         axes = outer.axes[skipped:]
-        if outer.key is None:
-            for axis, (start, stop) in zip(axes, self.region, strict=True):
-                if axis is not None:
-                    begin = region[axis][0]
-                    region[axis] = (begin + start, begin + stop)
+        region = (
+            outer.region if outer.key is not None else _narrowed(outer.region, axes, self.region)
+        )
         if self.key is None:
             placed = tuple(None if axis is None else axes[axis] for axis in self.axes)
             # Without the root's axes, a part of an arrangement is an arrangement of its own.
             key = None if outer.key is None else (outer.key, self.region)
-            return View(outer.root, tuple(region), placed, key)
-        return View(outer.root, tuple(region), self.axes, (outer.key, self.region, self.key))
+            return View(outer.root, region, placed, key)
+        return View(outer.root, region, self.axes, (outer.key, self.region, self.key))
 
 
 def views_of(
@@ -137,9 +134,17 @@ def _reshaped(view: View, before: Sequence[int], after: Sequence[int], made: Any
 
 
 def _sliced(view: View, start: Sequence[int], stop: Sequence[int]) -> View:
-    region = list(view.region)
-    for axis, first, last in zip(view.axes, start, stop, strict=True):
+    parts = zip(start, stop, strict=True)
+    return replace(view, region=_narrowed(view.region, view.axes, parts))
+
+
+def _narrowed(
+    region: Region, axes: Sequence[int | None], parts: Iterable[tuple[int, int]]
+) -> Region:
+    """Return a part of a region, from where it starts and stops along some of its axes."""
+    found = list(region)
+    for axis, (start, stop) in zip(axes, parts, strict=True):
         if axis is not None:
-            begin = region[axis][0]
-            region[axis] = (begin + first, begin + last)
-    return replace(view, region=tuple(region))
+            begin = found[axis][0]
+            found[axis] = (begin + start, begin + stop)
+    return tuple(found)
