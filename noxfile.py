@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent
 PROJECT = nox.project.load_toml(ROOT / "pyproject.toml")
 GROUPS = PROJECT["dependency-groups"]
 PYTHONS = nox.project.python_versions(PROJECT)
-FRAMEWORKS = ("torch", "jax")
+FRAMEWORKS = ("torch", "jax", "tensorflow")
 # The oldest release of a framework that is supported, tested beside the newest.
 OLDEST = {"jax": "jax==0.8.0"}
 
@@ -69,7 +69,7 @@ def tests(session: nox.Session, target: str) -> None:
 @nox.session
 def lint(session: nox.Session) -> None:
     """Check style and types."""
-    install(session, "-e", ".[jax,torch,plot]", groups=("lint", "test"))
+    install(session, "-e", ".[jax,tensorflow,torch,plot]", groups=("lint", "test"))
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
     session.run("mypy")
@@ -78,7 +78,7 @@ def lint(session: nox.Session) -> None:
 @nox.session
 def docs(session: nox.Session) -> None:
     """Build the documentation with warnings as errors, and run its examples."""
-    install(session, "-e", ".[jax,torch,plot]", groups=("docs",))
+    install(session, "-e", ".[jax,tensorflow,torch,plot]", groups=("docs",))
     for builder in ("html", "doctest"):
         target = f"docs/_build/{builder}"
         session.run("sphinx-build", "-W", "--keep-going", "-q", "-b", builder, "docs", target)
@@ -93,27 +93,23 @@ def package(session: nox.Session) -> None:
     session.run("python", "-m", "build", "--outdir", str(built), str(ROOT), silent=True)
     (wheel,) = built.glob("*.whl")
     session.run("python", "-m", "pip", "uninstall", "-qy", "build")
-    install(session, f"{wheel}[jax,torch,plot]", groups=("test",))
+    install(session, f"{wheel}[jax,tensorflow,torch,plot]", groups=("test",))
     away = Path(session.create_tmp()) / "away"
     shutil.rmtree(away, ignore_errors=True)
     shutil.copytree(ROOT / "tests", away / "tests")
     shutil.copy(ROOT / "pyproject.toml", away)
     session.chdir(away)
     session.run("python", "-c", PROVE_INSTALLED)
-    frameworks = [f"tests/{name}" for name in FRAMEWORKS]
-    session.run(
-        "pytest",
-        "tests/core",
-        *frameworks,
-        "--ignore=tests/jax/test_libraries.py",
-        *session.posargs,
-    )
+    for tested in ("core", *FRAMEWORKS):
+        # Each in a process of its own, as users have them.
+        libraries = f"--ignore=tests/{tested}/test_libraries.py"
+        session.run("pytest", f"tests/{tested}", libraries, *session.posargs)
 
 
 PROVE_INSTALLED = """
-import cabs, cabs_jax, cabs_torch, pathlib, sysconfig
+import cabs, cabs_jax, cabs_tensorflow, cabs_torch, pathlib, sysconfig
 site = pathlib.Path(sysconfig.get_path("purelib"))
-for module in (cabs, cabs_jax, cabs_torch):
+for module in (cabs, cabs_jax, cabs_tensorflow, cabs_torch):
     assert pathlib.Path(module.__file__).is_relative_to(site), module.__file__
     assert pathlib.Path(module.__file__).with_name("py.typed").exists()
 """
@@ -122,6 +118,6 @@ for module in (cabs, cabs_jax, cabs_torch):
 @nox.session
 def bench(session: nox.Session) -> None:
     """Measure the core and the adapters; nothing else should run meanwhile."""
-    install(session, "-e", ".[jax,torch]")
-    for benchmark in ("core", "steps_torch", "steps_jax"):
+    install(session, "-e", ".[jax,tensorflow,torch]")
+    for benchmark in ("core", "steps_torch", "steps_jax", "steps_tensorflow"):
         session.run("python", f"tests/benchmarks/{benchmark}.py", *session.posargs)

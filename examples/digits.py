@@ -2,6 +2,7 @@
 
     python examples/digits.py
     python examples/digits.py --backend jax
+    python examples/digits.py --backend tensorflow
     python examples/digits.py --backend numpy
     python examples/digits.py --data fashion-mnist --data-dir DIR --epochs 3
 

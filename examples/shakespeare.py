@@ -26,7 +26,7 @@ def arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--text", type=Path, required=True, help="a file of plain text")
-    parser.add_argument("--backend", choices=("torch", "jax"), default="torch")
+    parser.add_argument("--backend", choices=training.LANGUAGE_BACKENDS, default="torch")
     parser.add_argument("--learning-rate", type=float, default=0.3)
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--length", type=int, default=32, help="characters in an example")

@@ -7,7 +7,8 @@ from typing import Any, NamedTuple, Protocol
 
 from datasets import Images, Labels
 
-BACKENDS = ("torch", "jax", "numpy")
+BACKENDS = ("torch", "jax", "tensorflow", "numpy")
+LANGUAGE_BACKENDS = ("torch", "jax", "tensorflow")
 
 
 class Step(NamedTuple):

@@ -1,6 +1,7 @@
 """How this project measures: rounds taken in turns in one process, medians and quartiles.
 
-Single times mean nothing on a machine that does other things too; ratios of neighbours do.
+Single times mean nothing on a machine that does other things too; ratios of neighbours do. Peaks of
+memory are those of processes of their own.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ import argparse
 import json
 import platform
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -37,6 +40,21 @@ def measure(count: int, *rounds: Callable[[], None]) -> list[list[float]]:
             run()
             taken.append(time.perf_counter() - start)
     return seconds
+
+
+def peak(script: str, *arguments: str) -> int:
+    """Return the KiB that a script prints when it is run with ``--peak`` and arguments."""
+    command = [sys.executable, script, "--peak", *arguments]
+    folder = Path(script).parent
+    run = subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True)
+    return int(run.stdout)
+
+
+def high_water_mark() -> int:
+    """Return the most memory that this process has had so far, in KiB; on Linux."""
+    # Not getrusage(), which starts from what the parent process had.
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    return int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1])
 
 
 def quartiles(values: list[float]) -> dict[str, float]:

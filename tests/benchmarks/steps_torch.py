@@ -8,15 +8,13 @@ processes of their own, above what the import of PyTorch takes. Writes JSON with
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import torch
 from networks_torch import NETWORKS, Batch, batch
-from rounds import describe, measure, options, quartiles, write
+from rounds import describe, high_water_mark, measure, options, peak, quartiles, write
 
 import cabs_torch
 
@@ -73,14 +71,6 @@ STEPS: dict[str, tuple[Callable[[Batch], None], Callable[[Batch], None]]] = {
 }
 
 
-def peak(name: str, step: str) -> int:
-    """Return the peak memory of some steps, in KiB above what an import takes."""
-    command = [sys.executable, __file__, "--peak", name, step]
-    folder = Path(__file__).parent
-    run = subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True)
-    return int(run.stdout)
-
-
 def report_peak(name: str, step: str) -> None:
     """Run some steps in this process, and print the peak."""
     torch.set_num_threads(2)
@@ -89,13 +79,6 @@ def report_peak(name: str, step: str) -> None:
     for _ in range(3):
         globals()[step](data)
     print(high_water_mark() - before)
-
-
-def high_water_mark() -> int:
-    """Return the most memory that this process has had so far, in KiB; on Linux."""
-    # Not getrusage(), which starts from what the parent process had.
-    status = Path("/proc/self/status").read_text(encoding="utf-8")
-    return int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1])
 
 
 def main() -> None:
@@ -109,7 +92,8 @@ def main() -> None:
         for label, (off, on) in STEPS.items():
             seconds = measure(network.pairs, partial(off, data), partial(on, data))
             ratio = quartiles([b / a for a, b in zip(*seconds, strict=True)])
-            memory = peak(name, on.__name__) / peak(name, off.__name__)
+            peaks = [peak(__file__, name, step.__name__) for step in (off, on)]
+            memory = peaks[1] / peaks[0]
             rows[label] = {
                 "on : off": ratio,
                 "milliseconds off": quartiles([1e3 * one for one in seconds[0]]),

@@ -1,0 +1,22 @@
+"""Exact gradient statistics for TensorFlow, from the backward pass that training does anyway.
+
+Guarantees: measures and decides nothing; gradients are those of ``tf.GradientTape``.
+"""
+
+from cabs_tensorflow.errors import UncoveredParameterError
+from cabs_tensorflow.feeding import dataset
+from cabs_tensorflow.fitting import AdaptiveBatchSize, adaptive
+from cabs_tensorflow.statistics import BatchStatistics, PartialStatistics
+from cabs_tensorflow.tape import GradientTape
+from cabs_tensorflow.verification import verify
+
+__all__ = [
+    "AdaptiveBatchSize",
+    "BatchStatistics",
+    "GradientTape",
+    "PartialStatistics",
+    "UncoveredParameterError",
+    "adaptive",
+    "dataset",
+    "verify",
+]

@@ -1,0 +1,212 @@
+"""A ``tf.data.Dataset`` whose batches have the size that is asked for when each is drawn.
+
+Guarantees: nothing is drawn before it is wanted, whatever ``tf.data`` would like to prefetch, but
+for as many batches as the caller asks for; every example once an epoch; one element spec for all
+sizes, from which a ``tf.function`` is traced once. Refuses to cut batches that are already cut.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from cabs import BatchSampler
+from cabs.sampler import HasBatchSize
+from cabs.scalars import as_bool, as_integer
+
+# Examples of a dataset that are read at once. The more, the less Python costs for each of them.
+_CHUNK = 64
+
+
+def dataset(
+    controller: HasBatchSize | int | BatchSampler,
+    source: Any,
+    *,
+    shuffle: bool | None = None,
+    seed: int | None = None,
+    drop_last: bool | None = None,
+    prefetch: int = 0,
+) -> Any:
+    """Return a dataset of batches whose sizes follow a controller.
+
+    Iterating is one epoch, as with :class:`cabs.BatchSampler`: over arrays, the rest of the current
+    epoch where the last loop was left early; over a dataset, a new pass. No example is left alone
+    for the last batch of an epoch, since one example shows no variance.
+
+    The size is that of ``controller.batch_size`` when ``next`` is called: the lag is 0. What is
+    prefetched, here or by a ``prefetch`` or a parallel ``map`` after it, is sized that many batches
+    too early. A ``map`` without ``num_parallel_calls`` has no lag.
+
+    Args:
+        controller: A :class:`cabs.Controller`, or a constant; over arrays also a
+            :class:`cabs.BatchSampler`, whose ``state_dict`` then tells how far the loop has come.
+        source: Arrays with the examples along their first axes, in any nest that
+            ``tf.data.Dataset.from_tensor_slices`` takes; or a ``tf.data.Dataset`` of single
+            examples, not batched, in the order that it has.
+        shuffle: Whether every epoch has a random order of its own; True if left out. For arrays; a
+            dataset shuffles itself.
+        seed: Seed of these orders, 0 if left out. For arrays.
+        drop_last: Leave out the examples at the end of an epoch that fill no whole batch; False if
+            left out.
+        prefetch: How many batches to draw ahead: the lag, in steps, between a decision and the
+            first batch that follows it, where a batch is drawn in less time than a step takes; it
+            is never longer. A sampler's state counts these batches.
+
+    Returns:
+        A ``tf.data.Dataset`` whose ``element_spec`` has an unknown batch axis. With ``@tf.function(
+        input_signature=batches.element_spec)`` a step is traced once; from the sizes of the batches
+        themselves, one after the other, it would be traced for each.
+
+    Raises:
+        TypeError: If an argument is of the wrong kind, or the examples are no dense tensors.
+        ValueError: If arrays differ in the number of examples, an option does not fit the source,
+            or a dataset is batched already.
+
+    Example:
+        >>> import cabs, cabs_tensorflow, numpy as np
+        >>> controller = cabs.Controller(4, sizes=cabs.BatchSizes.range(2, 8))
+        >>> inputs, labels = np.arange(20.0).reshape(10, 2), np.arange(10)
+        >>> batches = cabs_tensorflow.dataset(controller, (inputs, labels), shuffle=False)
+        >>> for x, y in batches:
+        ...     print(x.shape, y.numpy())
+        ...     _ = controller.update(learning_rate=0.1, variance_trace=60.0, loss=1.0)
+        (4, 2) [0 1 2 3]
+        (6, 2) [4 5 6 7 8 9]
+    """
+    prefetch = as_integer(prefetch, "prefetch", 0)
+    if isinstance(controller, (int, np.integer)):
+        controller = as_integer(controller, "controller", 1)
+    elif not hasattr(controller, "batch_size") and not isinstance(controller, BatchSampler):
+        raise TypeError(
+            "controller must be a cabs.Controller, an integer, or a cabs.BatchSampler, got "
+            f"{controller!r}"
+        )
+    if isinstance(source, tf.data.Dataset):
+        if isinstance(controller, BatchSampler) or shuffle is not None or seed is not None:
+            raise ValueError(
+                "a sampler, shuffle and seed are for arrays, got a tf.data.Dataset, which has an "
+                "order of its own; call its shuffle(...) before, and pass the controller"
+            )
+        batches = _of_dataset(controller, source, drop_last)
+    else:
+        batches = _of_arrays(controller, source, shuffle, seed, drop_last)
+    batches = batches.with_options(_on_demand())
+    return batches.prefetch(prefetch) if prefetch else batches
+
+
+def _on_demand() -> Any:
+    """Return options under which nothing is prefetched, or mapped in parallel, unasked."""
+    # Either would do, autotuning off or both optimizations; options set later may undo one.
+    options = tf.data.Options()
+    options.autotune.enabled = False
+    options.experimental_optimization.inject_prefetch = False
+    options.experimental_optimization.map_parallelization = False
+    options.deterministic = True
+    return options
+
+
+def _of_arrays(
+    controller: HasBatchSize | int | BatchSampler,
+    source: Any,
+    shuffle: bool | None,
+    seed: int | None,
+    drop_last: bool | None,
+) -> Any:
+    # On the host: a copy of everything on a GPU would be copied back for each batch.
+    with tf.device("CPU:0"):
+        together = tf.data.Dataset.from_tensors(source)
+        _check_dense(together)
+        whole = next(iter(together))
+        # Says whether there are as many examples in each.
+        tf.data.Dataset.from_tensor_slices(whole)
+    examples = int(tf.nest.flatten(whole)[0].shape[0])
+    if isinstance(controller, BatchSampler):
+        sampler = controller
+        if (shuffle, seed, drop_last) != (None, None, None):
+            raise ValueError(
+                "shuffle, seed and drop_last are those of the sampler; leave them out, or pass the "
+                "controller in place of the sampler"
+            )
+        if sampler.examples != examples:
+            raise ValueError(
+                f"the sampler draws from {sampler.examples} examples and source holds {examples}; "
+                "make a sampler for this source"
+            )
+    else:
+        sampler = BatchSampler(
+            examples,
+            controller,
+            shuffle=True if shuffle is None else shuffle,
+            seed=0 if seed is None else seed,
+            drop_last=False if drop_last is None else drop_last,
+        )
+    indices = tf.data.Dataset.from_generator(
+        lambda: iter(sampler), output_signature=tf.TensorSpec([None], tf.int64)
+    )
+
+    def gather(drawn: Any) -> Any:
+        return tf.nest.map_structure(lambda array: tf.gather(array, drawn), whole)
+
+    return indices.map(tf.autograph.experimental.do_not_convert(gather))
+
+
+def _of_dataset(controller: Any, source: Any, drop_last: bool | None) -> Any:
+    _check_dense(source)
+    spec = source.element_spec
+    if all(part.shape.rank and part.shape[0] is None for part in tf.nest.flatten(spec)):
+        raise ValueError(
+            "source must be a dataset of single examples, got elements whose first axes are all "
+            f"unknown, as those of batches are: {spec}; call unbatch() on it, or leave out batch()"
+        )
+    drop_last = False if drop_last is None else as_bool(drop_last, "drop_last")
+    batched = tf.nest.map_structure(
+        lambda part: tf.TensorSpec(tf.TensorShape([None]).concatenate(part.shape), part.dtype), spec
+    )
+    chunks = source.batch(_CHUNK)
+
+    def cut() -> Iterator[Any]:
+        for batch in _cut(chunks.as_numpy_iterator(), controller, drop_last):
+            yield tf.nest.pack_sequence_as(spec, batch)
+
+    return tf.data.Dataset.from_generator(cut, output_signature=batched)
+
+
+def _cut(chunks: Iterator[Any], controller: Any, drop_last: bool) -> Iterator[list[Any]]:
+    """Yield lists of arrays, as many examples of each as are asked for at that moment."""
+    ahead: list[list[Any]] = []
+    left, drawn = 0, 0
+    while True:
+        size = as_integer(getattr(controller, "batch_size", controller), "batch_size", 1)
+        # Two more than are wanted, to see in time whether one would be left alone.
+        while left < size + 2 and (chunk := next(chunks, None)) is not None:
+            ahead.append(tf.nest.flatten(chunk))
+            left += len(ahead[-1][0])
+        if size > left and drop_last:
+            if drawn == 0:
+                raise ValueError(
+                    f"a batch of {size} cannot be drawn from {left} examples with drop_last; "
+                    "lower the largest size or set drop_last=False"
+                )
+            return
+        if left == 0:
+            return
+        size = min(size, left)
+        if left - size == 1 and size > 1 and not drop_last:
+            size += 1 if size == 2 else -1
+        arrays = (
+            ahead[0] if len(ahead) == 1 else list(map(np.concatenate, zip(*ahead, strict=True)))
+        )
+        left, drawn = left - size, drawn + size
+        ahead = [[array[size:] for array in arrays]]
+        yield [array[:size] for array in arrays]
+
+
+def _check_dense(examples: Any) -> None:
+    for part in tf.nest.flatten(examples.element_spec):
+        if not isinstance(part, tf.TensorSpec):
+            raise TypeError(
+                f"source must hold dense tensors, got {part}; pad or densify the examples first"
+            )

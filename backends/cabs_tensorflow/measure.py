@@ -1,0 +1,159 @@
+"""The sums of squares over one backward pass.
+
+Guarantees: a variable's gradients are added over its uses before they are squared.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+import tensorflow as tf
+
+from cabs_tensorflow import norms
+from cabs_tensorflow.carriers import check_inside
+from cabs_tensorflow.errors import MixedError, uncovered
+from cabs_tensorflow.layout import Batch
+from cabs_tensorflow.program import Call, Program
+from cabs_tensorflow.sizes import Sizes
+from cabs_tensorflow.terms import Term, total_square_sum
+from cabs_tensorflow.walk import Walk
+
+
+class Measurement:
+    """What has to be known of a traced function to measure its gradients.
+
+    Args:
+        losses: One loss an example, shape (m,).
+        roots: Variables, and tensors that are watched.
+        sample: Over how many examples norms are taken; all of them if None.
+
+    Raises:
+        UncoveredParameterError: If the squared norms of a root cannot be had exactly.
+    """
+
+    def __init__(self, losses: Any, roots: Sequence[Any], sample: int | None) -> None:
+        graph = losses.graph
+        variables = [root for root in roots if hasattr(root, "handle")]
+        handles: dict[str, int] = {}
+        for index, root in enumerate(roots):
+            tensor = graph.capture(root.handle) if hasattr(root, "handle") else root
+            handles[tensor.name] = index
+        self.names = [_describe(root) for root in roots]
+        try:
+            self._program = Program.read(losses, handles)
+            for operation in self._program.operations:
+                # Behind a loop no sizes are known, which would be a worse thing to say.
+                check_inside(operation)
+            self._sizes = Sizes(graph, losses, variables)
+        except MixedError as problem:
+            raise uncovered(", ".join(self.names), f"cannot be measured: {problem}") from None
+        self._walk = Walk(losses, self._program, self._sizes, self.names)
+        examples = losses.shape[0]
+        self._batch = Batch(
+            tf.shape(losses)[0] if examples is None else examples, sample, self._sizes.known
+        )
+        self._targets = self._find_targets()
+
+    @property
+    def taken(self) -> Any:
+        """Over how many examples norms are taken, an integer or a tensor."""
+        return self._batch.taken
+
+    @property
+    def targets(self) -> list[Any]:
+        """Tensors of the function whose cotangents are needed."""
+        return list(self._targets[None].values())
+
+    @property
+    def rules(self) -> list[str]:
+        """How the gradients of each root are had, in words."""
+        found: list[list[str]] = [[] for _ in self.names]
+        for join, source in self._walk.meetings:
+            through = ", pushed on" if self._walk.shared.root_of(source.origin) is None else ""
+            for root in source.roots:
+                found[root].append(join.rule + through)
+        for own in self._walk.own:
+            found[self._own_root(own)].append("an example's own")
+        return [
+            " + ".join(f"{rule} x{n}" if n > 1 else rule for rule, n in Counter(used).items())
+            or "no gradient"
+            for used in found
+        ]
+
+    def square_sums(self, cotangents: Sequence[Any]) -> list[Any]:
+        """Return for each root the sum over examples of the squared norms, None where it is zero.
+
+        Args:
+            cotangents: Those of the targets, None where they are zero.
+        """
+        known = dict(zip(self._targets[None], cotangents, strict=True))
+        for name, call in reversed(self._program.calls.items()):
+            self._look_inside(name, call, known)
+        terms: dict[int, list[Term]] = defaultdict(list)
+        for join, source in self._walk.meetings:
+            cotangent = known.get(join.target.name)
+            if cotangent is None:
+                continue
+            try:
+                term = join.term(self._sizes, self._batch, cotangent)
+                found = self._walk.shared.terms(self._batch, source, term)
+            except MixedError as problem:
+                raise self._walk.error(join.tensor, join.operation, str(problem)) from None
+            for root, one in found.items():
+                terms[root].append(one)
+        sums = {root: total_square_sum(some) for root, some in terms.items()}
+        for own, layout in self._walk.own.items():
+            root = self._own_root(own)
+            cotangent = known.get(own)
+            if cotangent is None:
+                continue
+            if root in sums:
+                raise uncovered(
+                    self.names[root], "holds a part for each example, and is shared too"
+                )
+            sums[root] = norms.square(self._batch.take(cotangent, layout))
+        return [sums.get(root) for root in range(len(self.names))]
+
+    def _find_targets(self) -> dict[str | None, dict[str, Any]]:
+        """Return the tensors whose cotangents are needed, by the call that they are copied from."""
+        tensors = [join.target for join, _ in self._walk.meetings]
+        tensors += [self._program.tensors[name] for name in self._walk.own]
+        for call in self._program.calls.values():
+            tensors += [one for one in call.outputs if self._program.roots_of(one)]
+        found: dict[str | None, dict[str, Any]] = defaultdict(dict)
+        for tensor in tensors:
+            found[self._program.owners.get(tensor.op.name)][tensor.name] = tensor
+        return found
+
+    def _look_inside(self, name: str, call: Call, known: dict[str, Any]) -> None:
+        """Note the cotangents inside of a copy of what was called."""
+        inside = self._targets.get(name, {})
+        ends = {
+            copy.name: (copy, known[output.name])
+            for output, copy in zip(call.outputs, call.copies, strict=True)
+            if known.get(output.name) is not None
+        }
+        if not ends or not inside:
+            return
+        copies, cotangents = zip(*ends.values(), strict=True)
+        found = tf.gradients(list(copies), list(inside.values()), grad_ys=list(cotangents))
+        known.update(zip(inside, found, strict=True))
+
+    def _own_root(self, name: str) -> int:
+        root = self._walk.shared.root_of(self._program.tensors[name])
+        assert root is not None
+        return root
+
+
+def name_of(root: Any) -> str:
+    """Return what a variable is called."""
+    # Keras has names that say in which layer a variable is.
+    name = getattr(root, "path", None) or getattr(root, "name", "")
+    return str(name).removesuffix(":0")
+
+
+def _describe(root: Any) -> str:
+    kind = "variable" if hasattr(root, "handle") else "tensor"
+    return f"{kind} {name_of(root)!r} of shape {tuple(root.shape)}"

@@ -1,0 +1,167 @@
+"""Gradient statistics as TensorFlow sees them: composite tensors, inside a function or out of it.
+
+Guarantees: nothing is read from a device until :meth:`BatchStatistics.read`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import tensorflow as tf
+
+from cabs import GradientStatistics
+from cabs_tensorflow import norms
+
+
+class PartialStatistics(tf.experimental.ExtensionType):
+    r"""What can be added over microbatches and replicas: m, K and :math:`\sum_k m_k |g_k|^2`.
+
+    Add two with ``+``, or carry it through a loop. See :class:`cabs.PartialStatistics`.
+
+    Args:
+        examples: :math:`m`, int32, shape ().
+        groups: :math:`K`, int32, shape ().
+        group_square_sum: :math:`\sum_k m_k |g_k|^2`, float, shape ().
+
+    Example:
+        Two microbatches of 2 and 4 examples, whose mean gradients are (3, 0) and (0, 3):
+
+        >>> import tensorflow as tf, cabs_tensorflow
+        >>> parts = cabs_tensorflow.PartialStatistics.of_group(2, [tf.constant([3.0, 0.0])])
+        >>> parts += cabs_tensorflow.PartialStatistics.of_group(4, [tf.constant([0.0, 3.0])])
+        >>> statistics = parts.complete([tf.constant([1.0, 2.0])])
+        >>> float(statistics.variance_trace)
+        24.0
+    """
+
+    examples: tf.Tensor
+    groups: tf.Tensor
+    group_square_sum: tf.Tensor
+
+    @classmethod
+    def zero(cls, dtype: Any = tf.float32) -> PartialStatistics:
+        """Return the part of no examples, to start a loop with.
+
+        ``dtype`` is that of squared norms: float64 for gradients in float64, and float32 otherwise.
+        """
+        return cls(tf.constant(0), tf.constant(0), tf.zeros((), dtype))
+
+    @classmethod
+    def of_group(cls, examples: Any, gradients: Any) -> PartialStatistics:
+        """Return the part of one group, from its size and its mean gradient.
+
+        Gradients are a nest of tensors, ``tf.IndexedSlices`` or None, as a tape gives them.
+        """
+        examples = tf.cast(examples, tf.int32)
+        square = norms.square_of(_flat(gradients))
+        return cls(examples, tf.constant(1), tf.cast(examples, square.dtype) * square)
+
+    def __add__(self, other: Any) -> PartialStatistics:
+        if not isinstance(other, PartialStatistics):
+            return NotImplemented
+        return PartialStatistics(
+            self.examples + other.examples,
+            self.groups + other.groups,
+            self.group_square_sum + other.group_square_sum,
+        )
+
+    def complete(self, gradients: Any) -> BatchStatistics:
+        """Return the statistics of all examples together, from their mean gradient.
+
+        The gradient is the mean over all examples, never a mean of means of groups that differ in
+        size.
+        """
+        square = norms.square_of(_flat(gradients))
+        return BatchStatistics(
+            self.examples, self.groups, self.group_square_sum, tf.cast(square, self.dtype)
+        )
+
+    @property
+    def dtype(self) -> Any:
+        """The type of squared norms."""
+        return self.group_square_sum.dtype
+
+
+class BatchStatistics(tf.experimental.ExtensionType):
+    r"""Gradient statistics of a batch, whose numbers are tensors of shape ().
+
+    Args:
+        examples: :math:`m`, int32.
+        groups: :math:`K`, int32.
+        group_square_sum: :math:`\sum_k m_k |g_k|^2`, with :math:`g_k` the mean gradient of a
+            group.
+        mean_square: :math:`|g|^2`, of the mean gradient over all examples.
+
+    See :class:`cabs.GradientStatistics` for what they tell.
+
+    Example:
+        >>> import tensorflow as tf, cabs_tensorflow
+        >>> weight = tf.Variable([1.0])
+        >>> @tf.function
+        ... def measured(x):
+        ...     with cabs_tensorflow.GradientTape() as tape:
+        ...         losses = weight[0] * x
+        ...     return tape.gradient(losses, [weight])
+        >>> gradients, statistics = measured(tf.constant([1.0, 2.0, 3.0, 6.0]))
+        >>> statistics.read()
+        GradientStatistics(examples=4, groups=4, group_square_sum=50.0, mean_square=9.0)
+    """
+
+    examples: tf.Tensor
+    groups: tf.Tensor
+    group_square_sum: tf.Tensor
+    mean_square: tf.Tensor
+
+    @property
+    def partial(self) -> PartialStatistics:
+        """The part that can be added to that of other batches."""
+        return PartialStatistics(self.examples, self.groups, self.group_square_sum)
+
+    @property
+    def variance_trace(self) -> Any:
+        r"""Unbiased estimate of :math:`\mathrm{tr}(\Sigma)`; ``nan`` for a single group."""
+        dtype = self.group_square_sum.dtype
+        examples, groups = tf.cast(self.examples, dtype), tf.cast(self.groups, dtype)
+        spread = self.group_square_sum - examples * self.mean_square
+        # One group shows no variance, whatever rounding leaves of it.
+        nan = tf.constant(float("nan"), dtype)
+        return tf.where(self.groups > 1, spread / tf.maximum(groups - 1, 1), nan)
+
+    @property
+    def gradient_square(self) -> Any:
+        r"""Unbiased estimate of the squared norm of the expected gradient; can be negative."""
+        return self.mean_square - self.variance_trace / tf.cast(
+            self.examples, self.mean_square.dtype
+        )
+
+    def read(self) -> GradientStatistics:
+        """Return the same statistics as Python numbers; outside of a function, waits for them.
+
+        Raises:
+            TypeError: Inside of a ``tf.function``, where there are no numbers yet.
+        """
+        if not tf.executing_eagerly():
+            raise TypeError(
+                "statistics can be read once the tf.function that computes them has returned; "
+                "return them from it"
+            )
+        return GradientStatistics(
+            int(self.examples),
+            int(self.groups),
+            float(self.group_square_sum),
+            float(self.mean_square),
+        )
+
+    def __add__(self, other: Any) -> Any:
+        raise TypeError(
+            "statistics of batches cannot be added: the squared norm of a mean gradient is not a "
+            "mean of squared norms. Write (a.partial + b.partial).complete(gradients) with the "
+            "gradient averaged over all examples"
+        )
+
+
+def _flat(gradients: Any) -> Sequence[Any]:
+    """Return the gradients of a nest; slices are whole."""
+    flat: Sequence[Any] = tf.nest.flatten(gradients, expand_composites=False)
+    return flat

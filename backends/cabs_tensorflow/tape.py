@@ -1,0 +1,161 @@
+"""The tape that training loops of TensorFlow know, with statistics beside the gradients.
+
+Guarantees: gradients are those that ``tf.GradientTape`` gives of the mean loss, to the bit: they
+come out of one, and nothing of the function that was traced is changed.
+"""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Any, Self
+
+import tensorflow as tf
+
+from cabs.scalars import as_integer
+from cabs_tensorflow import norms
+from cabs_tensorflow.measure import Measurement
+from cabs_tensorflow.statistics import BatchStatistics
+
+# AutoGraph would look for loops over tensors here.
+_as_it_is = tf.autograph.experimental.do_not_convert
+
+
+class GradientTape:
+    r"""Records operations, and gives gradients of the mean loss with their exact statistics.
+
+    Stands for ``tf.GradientTape`` inside of a ``tf.function``. Trainable variables are watched, as
+    they are by that. The traced function shows where each variable meets the batch; there the norms
+    of per-example gradients follow from the operation's input and its output's cotangent.
+
+    Raises:
+        RuntimeError: In eager mode, where there is no function to look at.
+
+    Source:
+        Balles, Romero, Hennig (arXiv 1612.05086), section 4.2, for the variance within a batch.
+
+    Example:
+        >>> import tensorflow as tf, cabs_tensorflow
+        >>> weight = tf.Variable([[0.0], [0.0]])
+        >>> @tf.function
+        ... def measured(x, y):
+        ...     with cabs_tensorflow.GradientTape() as tape:
+        ...         losses = tf.square(tf.squeeze(x @ weight, 1) - y)
+        ...     return tape.gradient(losses, [weight])
+        >>> gradients, statistics = measured(tf.eye(2), tf.constant([1.0, 3.0]))
+        >>> gradients[0].numpy().ravel().tolist(), float(statistics.variance_trace)
+        ([-1.0, -3.0], 20.0)
+    """
+
+    def __init__(self) -> None:
+        self._tape = tf.GradientTape()
+
+    @_as_it_is
+    def __enter__(self) -> Self:
+        if tf.executing_eagerly():
+            raise RuntimeError(
+                "cabs_tensorflow.GradientTape looks at a function that is traced, and this is "
+                "eager mode; decorate the training step with tf.function, and leave run_eagerly "
+                "and tf.config.run_functions_eagerly at False"
+            )
+        self._tape.__enter__()
+        return self
+
+    @_as_it_is
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._tape.__exit__(kind, error, traceback)
+
+    def watch(self, tensor: Any) -> None:
+        """Watch a tensor, or a variable that is not trainable."""
+        self._tape.watch(tensor)
+
+    @_as_it_is
+    def gradient(
+        self,
+        losses: Any,
+        sources: Any,
+        *,
+        sample: int | None = None,
+        loss_scale: Any = None,
+    ) -> tuple[Any, BatchStatistics]:
+        r"""Return the gradients of the mean loss, and their statistics.
+
+        Args:
+            losses: One loss an example, shape (m,).
+            sources: A nest of variables, for example ``model.trainable_variables``.
+            sample: Over how many examples norms are taken, the first ones; all by default, and
+                where there are fewer. The estimate stays unbiased, varies more, and can be
+                negative.
+            loss_scale: A number that the loss is multiplied by for half precision, such as
+                ``optimizer.scale_loss(1.0)`` of Keras. Gradients are those of the scaled loss, as
+                the optimizer takes them; statistics are those of the loss itself.
+
+        Returns:
+            ``(gradients, statistics)``: gradients in the structure of ``sources``, as
+            ``tf.GradientTape.gradient`` returns them, and a
+            :class:`cabs_tensorflow.BatchStatistics`.
+
+        Raises:
+            TypeError: If the losses are no tensor of real numbers.
+            ValueError: If the losses have not shape (m,), with m at least 2, belong to another
+                function, or depend on none of the sources; or if ``sample`` is below 1.
+            UncoveredParameterError: If the statistics of a variable cannot be had exactly; it names
+                the variable and the operation.
+        """
+        _check(losses, sample)
+        flat = tf.nest.flatten(sources)
+        roots = list({id(root): root for root in flat}.values())
+        measurement = Measurement(losses, roots, sample)
+        examples = tf.size(losses)
+        with tf.GradientTape() as outer:
+            # The same operations as in a loop without statistics, so that they round alike.
+            outer.watch(losses)
+            loss = tf.reduce_mean(losses)
+            if loss_scale is not None:
+                loss *= tf.cast(loss_scale, losses.dtype)
+        seed = outer.gradient(loss, losses)
+        found = self._tape.gradient(losses, [*flat, *measurement.targets], output_gradients=seed)
+        gradients, cotangents = found[: len(flat)], found[len(flat) :]
+        by_root = {id(root): one for root, one in zip(flat, gradients, strict=True)}
+        given = [by_root[id(root)] for root in roots]
+        if all(one is None for one in given):
+            raise ValueError(
+                "losses must depend on at least one of the sources; were they computed inside of "
+                "the tape's with block, from these variables?"
+            )
+        sums = [one for one in measurement.square_sums(cotangents) if one is not None]
+        dtype = norms.sum_type([one for one in given if one is not None])
+        total = tf.add_n([tf.cast(one, dtype) for one in sums])
+        mean_square = tf.cast(norms.square_of(given), dtype)
+        count = tf.cast(examples, dtype)
+        # An example's gradient is m times its share of the mean's.
+        share = count**2 * (count / tf.cast(measurement.taken, dtype))
+        if loss_scale is not None:
+            scale = tf.cast(loss_scale, dtype) ** 2
+            share, mean_square = share / scale, mean_square / scale
+        statistics = BatchStatistics(examples, examples, total * share, mean_square)
+        return tf.nest.pack_sequence_as(sources, gradients), statistics
+
+
+def _check(losses: Any, sample: int | None) -> None:
+    if not tf.is_tensor(losses) or not losses.dtype.is_floating:
+        raise TypeError(f"losses must be a tensor of real numbers, got {losses!r}")
+    if tf.executing_eagerly() or losses.graph is not tf.compat.v1.get_default_graph():
+        raise ValueError(
+            "losses must be computed in the tf.function that asks for their gradient, in the same "
+            f"branch or loop, got {losses!r}"
+        )
+    if losses.shape.rank != 1:
+        raise ValueError(
+            f"losses must have shape (m,), one loss an example, got shape {losses.shape}; in Keras "
+            "give the loss reduction=None, and take the mean over what is left of an example"
+        )
+    size = losses.shape[0]
+    if size is not None and size < 2:
+        raise ValueError(f"losses must be those of at least two examples, got {size}")
+    if sample is not None:
+        as_integer(sample, "sample", 1)

@@ -1,0 +1,147 @@
+"""Where the variables of a model meet its batch, found by walking the traced function.
+
+Guarantees: every use of every variable that the losses depend on is met by a rule, or an error
+names the variable and the operation; nothing is computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from cabs_tensorflow.errors import MixedError, UncoveredParameterError, uncovered
+from cabs_tensorflow.joins import Join, enter
+from cabs_tensorflow.layout import Layout
+from cabs_tensorflow.program import Program
+from cabs_tensorflow.shared import Shared, Source
+from cabs_tensorflow.sizes import Sizes
+
+
+class Meeting(NamedTuple):
+    """An operation in which something made of variables meets the batch."""
+
+    join: Join
+    source: Source
+
+
+_HAS_A_GRADIENT = (
+    "belongs to a tf.custom_gradient, or a tf.recompute_grad, that takes it for all examples, so "
+    "that its gradient is not seen by examples"
+)
+
+
+class Walk:
+    """One walk from the losses to the variables.
+
+    Args:
+        losses: One loss an example, shape (m,).
+        program: What leads to them.
+        sizes: The sizes of its tensors.
+        names: What the roots are called.
+
+    Raises:
+        UncoveredParameterError: If the squared norms of a root cannot be had exactly.
+    """
+
+    def __init__(self, losses: Any, program: Program, sizes: Sizes, names: Sequence[str]) -> None:
+        self.meetings: list[Meeting] = []
+        self.own: dict[str, Layout] = {}
+        """By the name of what reads it, where a root holds a part for each example."""
+        self.shared = Shared(program, sizes)
+        self._program, self._sizes, self._names = program, sizes, names
+        self._layouts: dict[str, Layout] = {}
+        """By a tensor's name, where the examples lie in it."""
+        self._arrive(losses, Layout((sizes.examples,), 1, sizes.examples), losses.op)
+        for operation in reversed(program.operations):
+            self._visit(operation)
+        self._close()
+
+    def _visit(self, operation: Any) -> None:
+        call = self._program.calls.get(operation.name)
+        reached = [
+            (output, self._layouts[tensor.name])
+            for output, tensor in enumerate(operation.outputs)
+            if tensor.name in self._layouts
+        ]
+        if self._program.root_read_by(operation) is not None and operation.type != "ResourceGather":
+            for output, layout in reached:
+                self.own[operation.outputs[output].name] = layout
+            return
+        for output, layout in reached:
+            if call is not None:
+                self._arrive(call.copies[output], layout, operation)
+            elif operation.type == "IdentityN":
+                self._through_custom(operation, output, layout)
+            else:
+                for index, tensor in enumerate(operation.inputs):
+                    if self._program.roots_of(tensor):
+                        self._enter(operation, output, layout, index)
+
+    def _enter(self, operation: Any, output: int, layout: Layout, index: int) -> None:
+        tensor = operation.inputs[index]
+        found = self._found(operation, output, layout, index)
+        if isinstance(found, Layout):
+            self._arrive(tensor, found, operation)
+            return
+        try:
+            self.meetings.append(Meeting(found, self.shared.source_of(tensor)))
+        except MixedError as problem:
+            raise self.error(tensor, operation, str(problem)) from None
+
+    def _found(self, operation: Any, output: int, layout: Layout, index: int) -> Layout | Join:
+        """Return where the examples lie in an input, or how it is joined with them."""
+        try:
+            return enter(operation, self._sizes, output, layout, index)
+        except MixedError as problem:
+            raise self.error(operation.inputs[index], operation, str(problem)) from None
+
+    def _through_custom(self, operation: Any, output: int, layout: Layout) -> None:
+        """Walk through an identity, which may have a gradient of its own.
+
+        With one, the function's results come first, then its arguments, which have the gradients.
+        """
+        if "_gradient_op_type" not in operation.node_def.attr:
+            self._arrive(operation.inputs[output], layout, operation)
+            return
+        arguments = {one.name: one for one in operation.inputs[output + 1 :]}
+        reached: set[str] = set()
+        waiting = [(operation.inputs[output], layout)]
+        while waiting:
+            tensor, inner = waiting.pop()
+            if tensor.name in arguments:
+                reached.add(tensor.name)
+                self._arrive(tensor, inner, operation)
+                continue
+            for index, one in enumerate(tensor.op.inputs):
+                if self._program.roots_of(one):
+                    found = self._found(tensor.op, tensor.value_index, inner, index)
+                    if isinstance(found, Join):
+                        raise self.error(one, operation, _HAS_A_GRADIENT)
+                    waiting.append((one, found))
+        for name, tensor in arguments.items():
+            if self._program.roots_of(tensor) and name not in reached:
+                raise self.error(tensor, operation, _HAS_A_GRADIENT)
+
+    def _arrive(self, tensor: Any, layout: Layout, operation: Any) -> None:
+        """Note where the examples lie in a tensor."""
+        if self._layouts.setdefault(tensor.name, layout) != layout:
+            raise self.error(tensor, operation, "has its examples in two different orders")
+
+    def _close(self) -> None:
+        for name in self._program.roots:
+            if name in self._layouts:
+                self.own[name] = self._layouts[name]
+        for join, source in self.meetings:
+            for tensor in (*source.path, *(one.outputs[0] for one in source.operations)):
+                if tensor.name in self._layouts:
+                    problem = "is an example's own in one place, and shared in another"
+                    raise self.error(tensor, join.operation, problem)
+
+    def error(self, tensor: Any, operation: Any, problem: str) -> UncoveredParameterError:
+        """Return the error for what lies behind an operation."""
+        roots = sorted(self._program.roots_of(tensor))
+        names = ", ".join(self._names[root] for root in roots)
+        verb = "lies behind" if len(roots) == 1 else "lie behind"
+        return uncovered(
+            names, f"{verb} {operation.type} (operation {operation.name!r}), which {problem}"
+        )

@@ -1,0 +1,21 @@
+"""TensorFlow is quiet while it is imported, and every test draws the same numbers."""
+
+import os
+
+# Read when the libraries are loaded.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+os.environ.setdefault("KERAS_BACKEND", "tensorflow")
+
+import keras
+import pytest
+
+
+def pytest_configure(config):
+    # Keras saves variables by a conversion that NumPy 2 frowns upon.
+    ignored = "ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning"
+    config.addinivalue_line("filterwarnings", ignored)
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    keras.utils.set_random_seed(0)
