@@ -1,6 +1,9 @@
 """How the documentation is built."""
 
+from functools import partial
 from importlib.metadata import version as installed_version
+
+import tensorflow
 
 project = "cabs"
 author = "The cabs developers"
@@ -23,6 +26,8 @@ autodoc_member_order = "bysource"
 autodoc_typehints = "none"
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
+# Examples are compiled without a file, in which AutoGraph would look for their source.
+tensorflow.function = partial(tensorflow.function, autograph=False)
 doctest_global_setup = """
 from cabs import *
 """

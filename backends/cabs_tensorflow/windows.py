@@ -52,7 +52,8 @@ class Windows:
 
     def form(self, *tensors: Any) -> Any:
         kernel, rank, at_once = self.kernel, len(self.kernel), self._at_once()
-        parts = tf.stack(list(self._gradients(*tensors)), axis=1)
+        parts = [tf.linalg.matrix_transpose(part) for part in self._gradients(*tensors)]
+        parts = tf.stack(parts, axis=1)
         inward = self.inputs.shape[-1] // self.groups
         n = tf.shape(tensors[0])[0]
         sizes = (self.groups, *kernel[rank - at_once :], inward, -1)
@@ -145,7 +146,7 @@ class Windows:
         return len(self.kernel) if inward * math.prod(self.kernel) <= _NARROW else 1
 
     def _gradients(self, inputs: Any, cotangents: Any) -> Iterator[Any]:
-        """Yield the gradients of the kernel's parts, (n, groups, elements * inward, outward)."""
+        """Yield the gradients of the kernel's parts, (n, groups, outward, elements * inward)."""
         kernel, rank, at_once = self.kernel, len(self.kernel), self._at_once()
         n, *positions, outward = norms.sizes_of(cotangents)
         places = math.prod(positions)
@@ -179,7 +180,7 @@ class Windows:
             left = ahead
             for axis, at in enumerate(place):
                 left = seen(left, axis, at)
-            yield tf.matmul(in_groups(left, width), right, transpose_a=True)
+            yield tf.matmul(right, in_groups(left, width), transpose_a=True)
 
 
 def same_padding(

@@ -66,11 +66,12 @@ def in_groups(data: Batch, is_measured: bool) -> Step:
 
     def step(inputs: Any, targets: Any) -> Any:
         size = tf.shape(inputs)[0] // GROUPS
-        total, statistics = None, cabs_tensorflow.PartialStatistics.zero()
+        total: list[Any] = []
+        statistics = cabs_tensorflow.PartialStatistics.zero()
         for start in range(GROUPS):
             part = slice(start * size, (start + 1) * size)
             # One after the other, as they are taken where memory is short.
-            with tf.control_dependencies(total or ()):
+            with tf.control_dependencies(total):
                 loss, gradients = gradient(inputs[part], targets[part])
             if is_measured:
                 statistics += cabs_tensorflow.PartialStatistics.of_group(size, gradients)
