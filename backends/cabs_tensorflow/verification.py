@@ -82,8 +82,8 @@ def verify(losses_of: Callable[[Any], Any], batch: Any, variables: Any = None) -
             if gradient is not None:
                 dense = tf.convert_to_tensor(gradient).numpy().astype(np.float64)
                 expected[at] += float(np.sum(np.square(dense)))
-    # A gradient that is zero but for rounding, as that of the keys' bias in attention, is a matter of
-    # all together.
+    # Of a gradient that is zero but for rounding, as that of a bias of keys in attention, there is
+    # no relative error.
     floor = 1e-7 * max(sum(expected), sum(squares))
     names = [name_of(root) for root in roots]
     return Verification(
