@@ -7,7 +7,7 @@ compute. Nothing of the function itself is changed.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -75,7 +75,7 @@ class Program:
         return None
 
     def _extend(self, outputs: Sequence[Any], owner: str | None = None) -> None:
-        for operation in _ancestors(outputs):
+        for operation in ancestors(outputs):
             behind: frozenset[int] = frozenset().union(*map(self.roots_of, operation.inputs))
             if not behind or operation.type in _STOPPING:
                 continue
@@ -100,10 +100,16 @@ class Program:
             self.tensors.update({one.name: one for one in (*operation.inputs, *operation.outputs)})
 
 
-def _ancestors(outputs: Iterable[Any]) -> list[Any]:
-    """Return the operations that tensors depend on, each after those that it depends on."""
+def ancestors(outputs: Iterable[Any], is_end: Callable[[Any], bool] = lambda _: False) -> list[Any]:
+    """Return the operations that tensors depend on, each after those that it depends on.
+
+    Args:
+        outputs: The tensors.
+        is_end: Whether what lies behind a tensor does not matter, nor what made it.
+    """
     found: dict[str, Any] = {}
-    waiting = [(tensor.op, False) for tensor in outputs]
+    # A stack of its own, since graphs can be deeper than Python's.
+    waiting = [(tensor.op, False) for tensor in outputs if not is_end(tensor)]
     while waiting:
         operation, is_done = waiting.pop()
         if operation.name in found:
@@ -112,7 +118,11 @@ def _ancestors(outputs: Iterable[Any]) -> list[Any]:
             found[operation.name] = operation
         else:
             waiting.append((operation, True))
-            waiting.extend((one.op, False) for one in operation.inputs if one.op.name not in found)
+            waiting.extend(
+                (one.op, False)
+                for one in operation.inputs
+                if one.op.name not in found and not is_end(one)
+            )
     return list(found.values())
 
 
@@ -177,7 +187,7 @@ def _copy_of(name: str, inputs: Sequence[Any], library: Mapping[str, Any]) -> li
             known.update(zip(names, copied(operations, known, names), strict=True))
 
     waiting: list[Any] = []
-    for operation in _ancestors(body.outputs):
+    for operation in ancestors(body.outputs):
         if operation.type in CALLS:
             copy(waiting)
             waiting = []

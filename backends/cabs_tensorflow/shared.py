@@ -18,7 +18,7 @@ from cabs_tensorflow import carriers
 from cabs_tensorflow.errors import MixedError
 from cabs_tensorflow.joins import lookup
 from cabs_tensorflow.layout import Batch, Shape
-from cabs_tensorflow.program import Program, copied
+from cabs_tensorflow.program import Program, ancestors, copied
 from cabs_tensorflow.sizes import SOURCES, Sizes
 from cabs_tensorflow.terms import Formed, Product, Pulled, Term
 
@@ -76,18 +76,11 @@ class Shared:
 
     def _behind(self, tensor: Any) -> list[Any]:
         """Return the operations that make a tensor of roots, in order."""
-        found: dict[str, Any] = {}
 
-        def visit(one: Any) -> None:
-            if one.name in self._program.roots or not self._program.roots_of(one):
-                return
-            if one.op.name not in found:
-                for inner in one.op.inputs:
-                    visit(inner)
-                found[one.op.name] = one.op
+        def is_end(one: Any) -> bool:
+            return one.name in self._program.roots or not self._program.roots_of(one)
 
-        visit(tensor)
-        return list(found.values())
+        return ancestors([tensor], is_end)
 
     def _check(self, operation: Any) -> None:
         """Raise MixedError if an operation brings the batch in."""
@@ -102,16 +95,14 @@ class Shared:
 
     def _depends_on_data(self, tensor: Any) -> bool:
         """Return whether data goes into a tensor, other than by its sizes."""
-        known = self._is_data.get(tensor.op.name)
+        known = self._is_data.get(tensor.name)
         if known is None:
-            operation = tensor.op
-            if operation.type in SOURCES:
-                known = not self._sizes.is_constant(tensor)
-            elif operation.type in _ASKING:
-                known = False
-            else:
-                known = any(map(self._depends_on_data, operation.inputs))
-            self._is_data[operation.name] = known
+            behind = ancestors([tensor], lambda one: one.op.type in _ASKING)
+            known = self._is_data[tensor.name] = any(
+                operation.type in SOURCES and not self._sizes.is_constant(output)
+                for operation in behind
+                for output in operation.outputs
+            )
         return known
 
     def terms(self, batch: Batch, source: Source, term: Term) -> dict[int, Term]:

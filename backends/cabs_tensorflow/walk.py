@@ -91,6 +91,8 @@ class Walk:
     def _found(self, operation: Any, output: int, layout: Layout, index: int) -> Layout | Join:
         """Return where the examples lie in an input, or how it is joined with them."""
         try:
+            if operation.inputs[index].dtype.is_complex:
+                raise MixedError("computes complex numbers")
             return enter(operation, self._sizes, output, layout, index)
         except MixedError as problem:
             raise self.error(operation.inputs[index], operation, str(problem)) from None

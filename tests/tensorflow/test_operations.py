@@ -79,6 +79,10 @@ MIXING = {
         lambda h: tf.cond(tf.reduce_sum(h) > 0, lambda: tf.tanh(h), lambda: h),
         "is a loop or a branch",
     ),
+    "complex numbers": (
+        lambda h: tf.abs(tf.signal.fft(tf.cast(h, tf.complex128))),
+        "computes complex numbers|not known to keep",
+    ),
     "segments": (
         lambda h: tf.math.segment_sum(h, tf.range(M)),
         "number of examples does not follow",

@@ -241,3 +241,17 @@ def test_batch_normalization_in_training_mode_is_refused_by_name():
             model.trainable_variables,
             draw(0, 4, 5, dtype="float32"),
         )
+
+
+def test_a_deep_network_is_refused_as_a_shallow_one_is():
+    weight, scale = variable(0, 4, 4, name="first"), variable(1, 4)
+
+    def losses_of(x):
+        h = x @ weight
+        for _ in range(1500):
+            h = tf.tanh(h)
+        h = h * scale
+        return tf.reduce_sum(h - tf.reduce_mean(h, axis=0), axis=1)
+
+    with pytest.raises(cabs_tensorflow.UncoveredParameterError, match="'first'"):
+        measured(losses_of, [weight, scale], tf.constant(draw(2, 3, 4)))
