@@ -59,10 +59,10 @@ def _square_of_one(gradient: Any) -> Any:
 
 
 def in_chunks(function: Callable[..., Any], tensors: Sequence[Any], needed: int) -> Any:
-    """Return ``function(*tensors)``, a sum over examples, taken some examples at a time.
+    """Return ``function(*tensors)``, sums over examples, taken some examples at a time.
 
     Args:
-        function: From tensors of some examples, perhaps none, to a 0-d tensor.
+        function: From tensors of some examples, perhaps none, to sums over them.
         tensors: Tensors with the examples in front.
         needed: How many elements the temporaries of an example have.
     """
@@ -73,14 +73,14 @@ def in_chunks(function: Callable[..., Any], tensors: Sequence[Any], needed: int)
     count = tf.shape(tensors[0])[0]
     # No more chunks than there have to be, and none that is much smaller than the others.
     size = -(-examples // -(-examples // size)) if examples else tf.minimum(size, count)
+    whole = count // size
 
     def add(index: Any, total: Any) -> Any:
         return index + 1, total + function(*(_chunk(one, index, size) for one in tensors))
 
-    whole = count // size
     rest = function(*(one[whole * size :] for one in tensors))
     _, total = tf.while_loop(
-        lambda index, _: index < whole, add, (tf.constant(0), rest), parallel_iterations=1
+        lambda index, _: index < whole, add, (tf.constant(0), rest), parallel_iterations=2
     )
     return total
 
@@ -127,33 +127,34 @@ def product(left: Any, right: Any) -> Any:
         diagonals = [tf.linalg.diag_part(gram) for gram in grams]
         roots = tf.sqrt(tf.maximum(diagonals[0] * diagonals[1], 0.0))
         bound = tf.reduce_sum(tf.square(tf.reduce_sum(roots, axis=2)))
-        total = tf.reduce_sum(grams[0] * grams[1])
+        return tf.stack([tf.reduce_sum(grams[0] * grams[1]), bound])
 
-        def formed() -> Any:
-            double = (tf.cast(side, tf.float64) for side in (left, right))
-            return tf.cast(_formed(*double), total.dtype)
+    def formed(left: Any, right: Any) -> Any:
+        return _formed(tf.cast(left, tf.float64), tf.cast(right, tf.float64))
 
-        return unless_cancelled(total, bound, length, formed)
-
-    return in_chunks(pairs, (left, right), 2 * blocks * length**2)
+    found = in_chunks(pairs, (left, right), 2 * blocks * length**2)
+    return unless_cancelled(
+        found, length, lambda: in_chunks(formed, (left, right), 2 * blocks * width * height)
+    )
 
 
 def _formed(left: Any, right: Any) -> Any:
     return square(tf.matmul(wide(left), wide(right), transpose_a=True))
 
 
-def unless_cancelled(total: Any, bound: Any, length: int, otherwise: Callable[[], Any]) -> Any:
+def unless_cancelled(found: Any, length: int, otherwise: Callable[[], Any]) -> Any:
     """Return a sum over pairs of rows, or something else if rounding errors would show in it.
 
     Args:
-        total: The sum.
-        bound: The sum over examples of the square of a sum over rows, of the roots of what no term
-            of a row is larger than.
+        found: The sum, and the sum over examples of the square of a sum over rows, of the roots of
+            what no term of a row is larger than; shape (2,).
         length: How many rows there are.
         otherwise: What gives the sum in another way.
     """
+    total, bound = tf.unstack(found)
     # Not a number compares false, and has cancelled.
-    return tf.cond(bound <= _CANCELLING * length * total, lambda: total, otherwise)
+    is_good = bound <= _CANCELLING * length * total
+    return tf.cond(is_good, lambda: total, lambda: tf.cast(otherwise(), total.dtype))
 
 
 def lookup(ids: Any, rows: Any) -> Any:

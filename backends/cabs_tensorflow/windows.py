@@ -71,13 +71,19 @@ class Windows:
         channels = self.cotangents.shape[-1]
         needed = positions * (seen + channels) + seen * channels // self.groups
 
-        if self._is_cheaper_in_pairs():
-            return norms.in_chunks(self._in_pairs, self.tensors, 2 * math.prod(self._grid()) ** 2)
-
-        def some(*tensors: Any) -> Any:
+        def formed(*tensors: Any) -> Any:
             return tf.add_n([norms.square(part) for part in self._gradients(*tensors)])
 
-        return norms.in_chunks(some, self.tensors, needed)
+        def in_double(*tensors: Any) -> Any:
+            return formed(*(tf.cast(one, tf.float64) for one in tensors))
+
+        if not self._is_cheaper_in_pairs():
+            return norms.in_chunks(formed, self.tensors, needed)
+        count = math.prod(self._grid())
+        found = norms.in_chunks(self._in_pairs, self.tensors, 2 * count**2)
+        return norms.unless_cancelled(
+            found, count, lambda: norms.in_chunks(in_double, self.tensors, 2 * needed)
+        )
 
     def _is_cheaper_in_pairs(self) -> bool:
         """Return whether there are fewer products of pairs of positions than of channels."""
@@ -129,16 +135,7 @@ class Windows:
         total = tf.reduce_sum(pooled * met * tf.constant(weights, pooled.dtype))
         diagonals = tf.maximum(size * pooled[..., 0] * met[..., 0], 0.0)
         roots = tf.reduce_sum(tf.sqrt(diagonals), axis=list(range(1, 1 + len(grid))))
-        return norms.unless_cancelled(
-            total,
-            tf.reduce_sum(tf.square(roots)),
-            count,
-            lambda: self._formed_in_double(inputs, cotangents, total.dtype),
-        )
-
-    def _formed_in_double(self, inputs: Any, cotangents: Any, dtype: Any) -> Any:
-        parts = self._gradients(tf.cast(inputs, tf.float64), tf.cast(cotangents, tf.float64))
-        return tf.cast(tf.add_n([norms.square(part) for part in parts]), dtype)
+        return tf.stack([total, tf.reduce_sum(tf.square(roots))])
 
     def _at_once(self) -> int:
         """Return how many of the kernel's axes, the last ones, are laid out at a time."""
