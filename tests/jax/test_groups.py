@@ -126,7 +126,8 @@ def test_a_batch_over_several_devices_is_exact(kind):
             return
         (loss, statistics), gradients = jax.jit(cabs_jax.value_and_grad(loss_fn))(PARAMETERS, batch)
         plain = jax.jit(jax.value_and_grad(mean_loss(loss_fn)))(PARAMETERS, batch)
-        assert_same((loss, gradients), plain)
+        # As in assert_exact: what is compiled for tiny products depends on the processor.
+        assert_same((loss, gradients), plain, ulps=64)
         assert_near(statistics, expected(8))
 
 

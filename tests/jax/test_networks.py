@@ -104,7 +104,9 @@ def test_random_networks_are_exact(names, is_shared, is_double, examples):
         blocks = [parameters(index) for index in range(1 if is_shared else len(names))]
         ids = np.random.default_rng(1).integers(0, 7, (examples, LENGTH))
         batch = {"ids": jnp.asarray(ids), "scale": draw(2, examples, 1)}
-        assert_exact(loss_fn, {"table": draw(0, 7, WIDTH), "blocks": blocks}, batch)
+        # The loop itself is in the precision of the network.
+        rtol = None if is_double else 5e-4
+        assert_exact(loss_fn, {"table": draw(0, 7, WIDTH), "blocks": blocks}, batch, rtol=rtol)
 
 
 @pytest.mark.parametrize("name", sorted(BLOCKS))
