@@ -10,6 +10,8 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import tensorflow as tf
+
 from cabs_tensorflow.errors import MixedError
 from cabs_tensorflow.layout import Layout
 from cabs_tensorflow.sizes import Sizes
@@ -64,6 +66,11 @@ class _Step:
         self.layout, self.index = layout, index
         self.axis, self.inside = layout.axis()
         self.shape = sizes.shape(operation.inputs[index])
+
+    @property
+    def is_unknown(self) -> bool:
+        """Whether the size of the axis that holds the examples is not known."""
+        return self.sizes.known(self.layout.shape[self.axis]) is None
 
     def constant(self, index: int) -> list[int]:
         """Return the integers that an input holds."""
@@ -143,6 +150,14 @@ def _trailing(rank: int) -> Callable[[_Step], Layout]:
 
 def _same_size(step: _Step) -> Layout:
     # What is cut off, or added at the sides, are parts of other axes.
+    if step.index:
+        raise MixedError("takes a parameter for what is added at the sides")
+    if step.is_unknown and tf.get_static_value(step.operation.inputs[1]) is None:
+        raise MixedError("cuts or pads by sizes that follow from the batch")
+    if step.is_unknown and step.operation.type == "Slice":
+        taken = tf.get_static_value(step.operation.inputs[2], partial=True)
+        if taken is None or taken[step.axis] != -1:
+            raise along_examples()
     if step.shape[step.axis] != step.layout.shape[step.axis]:
         raise along_examples()
     return step.at(step.axis)
@@ -152,6 +167,11 @@ def _strided_slice(step: _Step) -> Layout:
     origin = origins(step.operation, step.sizes)
     axis = origin[step.axis]
     if axis is None or step.shape[axis] != step.layout.shape[step.axis]:
+        raise along_examples()
+    entry = next(at for one, at in _entries(step.operation, step.sizes) if one == axis)
+    is_open = entry is None or step.operation.get_attr("end_mask") >> entry & 1
+    if step.is_unknown and not is_open:
+        # As many as there are only by chance.
         raise along_examples()
     begin, stride = _begin_and_stride(step, axis)
     if stride != 1 or begin not in (None, 0):

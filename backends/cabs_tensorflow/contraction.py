@@ -12,9 +12,8 @@ from typing import Any, NamedTuple
 
 import tensorflow as tf
 
-from cabs_tensorflow import norms
 from cabs_tensorflow.errors import MixedError
-from cabs_tensorflow.layout import Batch, Layout, Shape
+from cabs_tensorflow.layout import Batch, Layout, Shape, sizes_of
 from cabs_tensorflow.sizes import Sizes
 from cabs_tensorflow.terms import Product, Term
 
@@ -137,5 +136,5 @@ def _arranged(batch: Batch, taken: Any, labels: Labels, groups: Sequence[Sequenc
     order = [labels.index(one) for group in groups for one in group]
     if order != sorted(order):
         taken = tf.transpose(taken, [0, *(1 + axis for axis in order)])
-    left = iter(norms.sizes_of(taken)[1:])
+    left = iter(sizes_of(taken)[1:])
     return tf.reshape(taken, [batch.taken, *(math.prod(next(left) for _ in one) for one in groups)])

@@ -15,7 +15,7 @@ import tensorflow as tf
 
 from cabs_tensorflow import carriers, contraction, norms
 from cabs_tensorflow.errors import MixedError
-from cabs_tensorflow.layout import Batch, Layout, Shape
+from cabs_tensorflow.layout import Batch, Layout, Shape, sizes_of
 from cabs_tensorflow.program import copied
 from cabs_tensorflow.sizes import Sizes
 from cabs_tensorflow.terms import Formed, Lookup, Term
@@ -75,6 +75,8 @@ def enter(operation: Any, sizes: Sizes, output: int, layout: Layout, index: int)
         inner = carriers.of_input(operation, sizes, output, layout, index)
     if inner is not None:
         return inner
+    if sum(one is operation.inputs[index] for one in operation.inputs) > 1:
+        raise MixedError("takes the same tensor twice")
     if operation.type not in _RULES:
         raise MixedError("has no rule for what is the same for all examples")
     return Join(operation, output, layout, index)
@@ -102,7 +104,7 @@ class _Meeting:
             return tensor
         taken = self.batch.take(tensor, layout)
         missing = len(self.layout.shape) - len(layout.shape)
-        sizes = norms.sizes_of(taken)
+        sizes = sizes_of(taken)
         return tf.reshape(taken, [sizes[0], *[1] * missing, *sizes[1:]]) if missing else taken
 
     def collected(self, parts: Any, aligned: Shape) -> Formed:
@@ -116,7 +118,7 @@ class _Meeting:
         ]
         if summed:
             parts = tf.reduce_sum(norms.wide(parts), axis=summed, keepdims=True)
-        sizes = self.batch.sizes(self.join.tensor, self.shape)
+        sizes = sizes_of(self.join.tensor)
         return Formed(tf.reshape(parts, [self.batch.taken, *sizes]), self.shape)
 
 
@@ -191,9 +193,9 @@ def _table(meeting: _Meeting) -> Term:
 
 def lookup(batch: Batch, ids: Any, rows: Any, shape: Shape) -> Lookup:
     """Return the gradients of a table of some shape, from ids (n, ...) and rows (n, ..., *row)."""
-    length = math.prod(norms.sizes_of(ids)[1:])
+    length = math.prod(sizes_of(ids)[1:])
     return Lookup(
-        tf.reshape(ids, [batch.taken, length]),
+        tf.cast(tf.reshape(ids, [batch.taken, length]), tf.int64),
         tf.reshape(rows, [batch.taken, length, math.prod(shape[1:])]),
         shape,
     )
@@ -241,7 +243,7 @@ def _convolution(meeting: _Meeting) -> Term:
     kernel = meeting.shape[:rank]
     kind = operation.get_attr("padding").decode()
     if kind == "SAME":
-        inside, outside = norms.sizes_of(seen)[2:-1], norms.sizes_of(made)[2:-1]
+        inside, outside = sizes_of(seen)[2:-1], sizes_of(made)[2:-1]
         padding = same_padding(inside, outside, kernel, stride, dilation)
     elif kind == "VALID":
         padding = [(0, 0)] * rank

@@ -65,6 +65,13 @@ class Layout(NamedTuple):
         )
 
 
+def sizes_of(tensor: Any) -> list[Any]:
+    """Return the sizes of a tensor, as integers where they are known."""
+    known = tensor.shape.as_list()
+    dynamic: Any = tf.shape(tensor) if None in known else None
+    return [dynamic[axis] if size is None else size for axis, size in enumerate(known)]
+
+
 @dataclass(frozen=True)
 class Batch:
     """The batch that the losses are of, while a function is traced.
@@ -72,7 +79,8 @@ class Batch:
     Args:
         examples: m, an integer, or a tensor of shape () where it is not known yet.
         sample: Over how many examples norms are taken; all of them if None.
-        known: From a size that may stand for another one to the size, None if it is not known.
+        known: From a size that may stand for another one, or follow from one that does, to the
+            size, None if it is not known.
     """
 
     examples: Any
@@ -88,28 +96,22 @@ class Batch:
             return min(self.sample, self.examples)
         return tf.minimum(self.sample, self.examples)
 
-    def sizes(self, tensor: Any, shape: Shape) -> list[Any]:
-        """Return a tensor's sizes: integers, and tensors where they are not known yet."""
-        sizes = [self.known(size) for size in shape]
-        dynamic: Any = tf.shape(tensor) if None in sizes else None
-        return [dynamic[axis] if size is None else size for axis, size in enumerate(sizes)]
-
     def take(self, tensor: Any, layout: Layout) -> Any:
         """Return the parts of the examples that norms are taken over, shape (n, *layout.one)."""
         axis, inside = layout.axis()
         rest = layout.shape[axis] // (inside * layout.examples)
         if axis == 0 and inside == rest == 1:
             return tf.expand_dims(self._first(tensor), 1)
-        sizes = self.sizes(tensor, layout.shape)
+        sizes = sizes_of(tensor)
         before, after = sizes[:axis], sizes[axis + 1 :]
-        outward: Any = self.known(inside)
-        inward: Any = self.known(rest)
-        if outward is None and inward is None:
+        outward: Any = 1 if inside == 1 else self.known(inside)
+        inward: Any = 1 if rest == 1 else self.known(rest)
+        if inside == 1:
+            inward = sizes[axis] // self.examples
+        elif rest == 1:
+            outward = sizes[axis] // self.examples
+        elif outward is None or inward is None:
             raise MixedError("has an axis of examples whose parts have sizes that are not known")
-        if outward is None:
-            outward = sizes[axis] // (self.examples * inward)
-        elif inward is None:
-            inward = sizes[axis] // (self.examples * outward)
         if axis == 0 and inside == 1:
             return self._first(tf.reshape(tensor, [self.examples, inward, *after]))
         split = tf.reshape(tensor, [*before, outward, self.examples, inward, *after])

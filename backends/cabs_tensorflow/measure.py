@@ -28,21 +28,28 @@ class Measurement:
         losses: One loss an example, shape (m,).
         roots: Variables, and tensors that are watched.
         sample: Over how many examples norms are taken; all of them if None.
+        recorded: Names of the operations that the tape has seen; all of them if None.
 
     Raises:
         UncoveredParameterError: If the squared norms of a root cannot be had exactly.
     """
 
-    def __init__(self, losses: Any, roots: Sequence[Any], sample: int | None) -> None:
+    def __init__(
+        self,
+        losses: Any,
+        roots: Sequence[Any],
+        sample: int | None,
+        recorded: frozenset[str] | None = None,
+    ) -> None:
         graph = losses.graph
         variables = [root for root in roots if hasattr(root, "handle")]
         handles: dict[str, int] = {}
         for index, root in enumerate(roots):
-            tensor = graph.capture(root.handle) if hasattr(root, "handle") else root
+            tensor = graph.capture(root.handle if hasattr(root, "handle") else root)
             handles[tensor.name] = index
         self.names = [_describe(root) for root in roots]
         try:
-            self._program = Program.read(losses, handles)
+            self._program = Program.read(losses, handles, recorded)
             for operation in self._program.operations:
                 # Behind a loop no sizes are known, which would be a worse thing to say.
                 check_inside(operation)

@@ -15,6 +15,8 @@ from typing import Any
 
 import tensorflow as tf
 
+from cabs_tensorflow.layout import sizes_of
+
 # Elements of the temporaries that some examples may need at a time: 4 MiB in float32.
 _CHUNK = 2**20
 
@@ -91,13 +93,6 @@ def _chunk(tensor: Any, index: Any, size: Any) -> Any:
     begin = tf.concat([(index * size)[None], tf.zeros([rank - 1], tf.int32)], 0)
     cut = tf.slice(tensor, begin, tf.stack([size, *[-1] * (rank - 1)]))
     return tf.ensure_shape(cut, [known, *tensor.shape[1:]])
-
-
-def sizes_of(tensor: Any) -> list[Any]:
-    """Return the sizes of a tensor, as integers where they are known."""
-    known = tensor.shape.as_list()
-    dynamic: Any = tf.shape(tensor) if None in known else None
-    return [dynamic[axis] if size is None else size for axis, size in enumerate(known)]
 
 
 def product(left: Any, right: Any) -> Any:

@@ -41,9 +41,11 @@ class Program:
 
     Args:
         roots: Names of the tensors that stand for roots: a variable's handle, or a watched tensor.
+        recorded: Names of the operations that the tape has seen; all of them if None.
     """
 
     roots: Mapping[str, int]
+    recorded: frozenset[str] | None = None
     operations: list[Any] = field(default_factory=list)
     """In an order in which each comes after those that it depends on."""
     behind: dict[str, frozenset[int]] = field(default_factory=dict)
@@ -56,10 +58,18 @@ class Program:
     """By the names of operations that were copied, that of the call."""
 
     @classmethod
-    def read(cls, losses: Any, roots: Mapping[str, int]) -> Program:
-        """Return the program of losses."""
-        program = cls(roots)
+    def read(
+        cls, losses: Any, roots: Mapping[str, int], recorded: frozenset[str] | None
+    ) -> Program:
+        """Return the program of losses.
+
+        Raises:
+            MixedError: If a root is made of another one, or a function cannot be laid open.
+        """
+        program = cls(roots, recorded)
         program._extend([losses])
+        if any(name in program.behind and program.behind[name] for name in roots):
+            raise MixedError("a tensor that is watched is made of another one of the sources")
         return program
 
     def roots_of(self, tensor: Any) -> frozenset[int]:
@@ -78,6 +88,9 @@ class Program:
         for operation in ancestors(outputs):
             behind: frozenset[int] = frozenset().union(*map(self.roots_of, operation.inputs))
             if not behind or operation.type in _STOPPING:
+                continue
+            if owner is None and self.recorded is not None and operation.name not in self.recorded:
+                # No gradient flows through what the tape has not seen.
                 continue
             if operation.type in CALLS and operation.name not in self.calls:
                 copies = tuple(_laid_open(operation))
@@ -168,11 +181,25 @@ def _laid_open(call: Any) -> list[Any]:
         MixedError: If a copy would not do the same.
     """
     for one in call.inputs:
-        is_written = any(user.type.startswith("Assign") for user in one.consumers())
-        if one.dtype == tf.resource and is_written:
-            raise MixedError("calls a function that reads what is written elsewhere")
+        if one.dtype == tf.resource and any(
+            _writes(user, one) for user in one.consumers() if user.name != call.name
+        ):
+            raise MixedError(
+                "calls a function that reads what is written elsewhere; take the decorator off it"
+            )
     library = {one.signature.name: one for one in call.graph.as_graph_def().library.function}
     return _copy_of(call.get_attr("f").name, list(call.inputs), library)
+
+
+def _writes(operation: Any, handle: Any) -> bool:
+    """Return whether an operation may write a variable."""
+    if operation.type not in CALLS:
+        return operation.type not in READS
+    attributes = operation.node_def.attr
+    only_read = set(attributes["_read_only_resource_inputs"].list.i)
+    return any(
+        one.name == handle.name and at not in only_read for at, one in enumerate(operation.inputs)
+    )
 
 
 def _copy_of(name: str, inputs: Sequence[Any], library: Mapping[str, Any]) -> list[Any]:

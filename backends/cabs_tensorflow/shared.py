@@ -17,8 +17,8 @@ import tensorflow as tf
 from cabs_tensorflow import carriers
 from cabs_tensorflow.errors import MixedError
 from cabs_tensorflow.joins import lookup
-from cabs_tensorflow.layout import Batch, Shape
-from cabs_tensorflow.program import Program, ancestors, copied
+from cabs_tensorflow.layout import Batch, Shape, sizes_of
+from cabs_tensorflow.program import CALLS, Program, ancestors, copied
 from cabs_tensorflow.sizes import SOURCES, Sizes
 from cabs_tensorflow.terms import Formed, Product, Pulled, Term
 
@@ -83,7 +83,12 @@ class Shared:
         return ancestors([tensor], is_end)
 
     def _check(self, operation: Any) -> None:
-        """Raise MixedError if an operation brings the batch in."""
+        """Raise MixedError if an operation brings the batch in, or is not seen through."""
+        if operation.type in CALLS:
+            raise MixedError(
+                f"takes what a function computes from variables (operation {operation.name!r}), "
+                "which is not looked into; take the tf.function decorator off it"
+            )
         for one in operation.inputs:
             is_root = bool(self._program.roots_of(one))
             if not is_root and self._depends_on_data(one):
@@ -156,7 +161,7 @@ class Shared:
         if name in carriers.KEEPING:
             if shape == term.shape:
                 return term
-            pull = partial(_reshaped, sizes=batch.sizes(value, shape))
+            pull = partial(_reshaped, sizes=sizes_of(value))
             return Pulled(term, pull, shape, True, ("Reshape", shape, term.shape))
         return Pulled(term, _pull([operation], tensor, [value], shape), shape, True)
 

@@ -41,9 +41,11 @@ class Sizes:
         self._graph = self._traced = graph
         self._shapes: dict[str, Any] = {}
         self._unknown: tuple[int, ...] = ()
+        self._has_lengths = False
         # A handle has the shape of its variable.
         self._handles = {graph.capture(one.handle).name: one for one in variables}
         unknown = _unknown_axes(graph)
+        self._has_lengths = bool(unknown - {0})
         if not unknown and losses.shape[0] is not None:
             self.examples = int(losses.shape[0])
             return
@@ -64,7 +66,9 @@ class Sizes:
         )
 
     def known(self, size: int) -> int | None:
-        """Return a size, or None if it stands for one that is not known."""
+        """Return a size, or None if it stands for one that is not known, or may follow from one."""
+        if self._has_lengths and size > 1:
+            return None
         return None if any(size % number == 0 for number in self._unknown) and size else size
 
     def shape(self, tensor: Any) -> Shape:
@@ -112,14 +116,16 @@ def _evaluated(tensor: Any) -> Any:
     return try_evaluate_constant(tensor) if value is None else value
 
 
-def _unknown_axes(graph: Any) -> bool:
-    """Return whether something comes into a graph whose shape is not known."""
-    return any(
-        not output.shape.is_fully_defined()
+def _unknown_axes(graph: Any) -> set[int]:
+    """Return along which axes something comes into a graph whose size is not known."""
+    return {
+        axis
         for operation in graph.get_operations()
         if operation.type in SOURCES
         for output in operation.outputs
-    )
+        for axis, size in enumerate(output.shape if output.shape.rank is not None else [None] * 2)
+        if size is None
+    }
 
 
 def _free_numbers(graph: Any) -> tuple[int, int]:

@@ -48,6 +48,8 @@ class GradientTape:
 
     def __init__(self) -> None:
         self._tape = tf.GradientTape()
+        self._graph: Any = None
+        self._before, self._until = 0, None
 
     @_as_it_is
     def __enter__(self) -> Self:
@@ -57,6 +59,8 @@ class GradientTape:
                 "eager mode; decorate the training step with tf.function, and leave run_eagerly "
                 "and tf.config.run_functions_eagerly at False"
             )
+        self._graph = tf.compat.v1.get_default_graph()
+        self._before, self._until = len(self._graph.get_operations()), None
         self._tape.__enter__()
         return self
 
@@ -67,6 +71,7 @@ class GradientTape:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        self._until = len(self._graph.get_operations())
         self._tape.__exit__(kind, error, traceback)
 
     def watch(self, tensor: Any) -> None:
@@ -108,8 +113,10 @@ class GradientTape:
         """
         _check(losses, sample)
         flat = tf.nest.flatten(sources)
-        roots = list({id(root): root for root in flat}.values())
-        measurement = Measurement(losses, roots, sample)
+        roots = list({_key(root): root for root in flat}.values())
+        seen = self._graph.get_operations()[self._before : self._until]
+        recorded = frozenset(operation.name for operation in seen)
+        measurement = Measurement(losses, roots, sample, recorded)
         examples = tf.size(losses)
         with tf.GradientTape() as outer:
             # The same operations as in a loop without statistics, so that they round alike.
@@ -120,14 +127,20 @@ class GradientTape:
         seed = outer.gradient(loss, losses)
         found = self._tape.gradient(losses, [*flat, *measurement.targets], output_gradients=seed)
         gradients, cotangents = found[: len(flat)], found[len(flat) :]
-        by_root = {id(root): one for root, one in zip(flat, gradients, strict=True)}
-        given = [by_root[id(root)] for root in roots]
+        by_root = {_key(root): one for root, one in zip(flat, gradients, strict=True)}
+        given = [by_root[_key(root)] for root in roots]
         if all(one is None for one in given):
             raise ValueError(
                 "losses must depend on at least one of the sources; were they computed inside of "
                 "the tape's with block, from these variables?"
             )
-        sums = [one for one in measurement.square_sums(cotangents) if one is not None]
+        squares = measurement.square_sums(cotangents)
+        # What the tape does not watch, such as a variable that is not trainable, has no gradient.
+        sums = [
+            square
+            for square, gradient in zip(squares, given, strict=True)
+            if square is not None and gradient is not None
+        ]
         dtype = norms.sum_type([one for one in given if one is not None])
         total = tf.add_n([tf.cast(one, dtype) for one in sums])
         mean_square = tf.cast(norms.square_of(given), dtype)
@@ -139,6 +152,11 @@ class GradientTape:
             share, mean_square = share / scale, mean_square / scale
         statistics = BatchStatistics(examples, examples, total * share, mean_square)
         return tf.nest.pack_sequence_as(sources, gradients), statistics
+
+
+def _key(root: Any) -> int:
+    """Return what is the same for a variable, and for what Keras makes of it."""
+    return id(root.handle if hasattr(root, "handle") else root)
 
 
 def _check(losses: Any, sample: int | None) -> None:

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import tensorflow as tf
 
 from cabs_tensorflow import norms
-from cabs_tensorflow.layout import Shape
+from cabs_tensorflow.layout import Shape, sizes_of
 
 
 class Term(Protocol):
@@ -113,7 +113,7 @@ class Lookup:
 
     def form(self, *tensors: Any) -> Any:
         ids, rows = tensors
-        n, length, height = norms.sizes_of(norms.wide(rows))
+        n, length, height = sizes_of(norms.wide(rows))
         start = tf.range(n, dtype=ids.dtype)[:, None] * self.shape[0]
         flat = tf.reshape(norms.wide(rows), [n * length, height])
         places = tf.reshape(ids + start, [n * length])

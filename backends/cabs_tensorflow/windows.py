@@ -17,7 +17,7 @@ import numpy as np
 import tensorflow as tf
 
 from cabs_tensorflow import norms
-from cabs_tensorflow.layout import Shape
+from cabs_tensorflow.layout import Shape, sizes_of
 
 # Elements of what the whole kernel sees, below which it is laid out at once.
 _NARROW = 128
@@ -89,7 +89,9 @@ class Windows:
         """Return whether there are fewer products of pairs of positions than of channels."""
         if None in (*self.inputs.shape[1:], *self.cotangents.shape[1:]):
             return False
-        is_plain = self.groups == 1 and {*self.stride, *self.dilation} == {1}
+        is_plain = self.groups == self.inputs.shape[1] == 1 and {*self.stride, *self.dilation} == {
+            1
+        }
         inward, outward = self.inputs.shape[-1], self.cotangents.shape[-1]
         in_pairs = inward + outward + _MOVED * math.prod(self.kernel)
         formed = math.prod(self.kernel) * inward * outward
@@ -145,7 +147,7 @@ class Windows:
     def _gradients(self, inputs: Any, cotangents: Any) -> Iterator[Any]:
         """Yield the gradients of the kernel's parts, (n, groups, outward, elements * inward)."""
         kernel, rank, at_once = self.kernel, len(self.kernel), self._at_once()
-        n, *positions, outward = norms.sizes_of(cotangents)
+        n, *positions, outward = sizes_of(cotangents)
         places = math.prod(positions)
         padded = tf.pad(norms.wide(inputs), [(0, 0), *self.padding, (0, 0)])
         inward = inputs.shape[-1] // self.groups
@@ -168,7 +170,7 @@ class Windows:
         ahead = padded
         if self.groups > 1:
             # The channels of a group stay together.
-            ahead = tf.reshape(padded, [*norms.sizes_of(padded)[:-1], self.groups, inward])
+            ahead = tf.reshape(padded, [*sizes_of(padded)[:-1], self.groups, inward])
         for axis in reversed(range(split, rank)):
             parts = [seen(ahead, axis, at) for at in range(kernel[axis])]
             ahead = parts[0] if len(parts) == 1 else tf.concat(parts, axis=-1)
