@@ -49,7 +49,8 @@ class GradientTape:
     def __init__(self) -> None:
         self._tape = tf.GradientTape()
         self._graph: Any = None
-        self._before, self._until = 0, None
+        self._before = 0
+        self._until: int | None = None
 
     @_as_it_is
     def __enter__(self) -> Self:

@@ -239,3 +239,87 @@ def test_a_custom_gradient_with_a_parameter_in_it_is_refused():
 
     with pytest.raises(cabs_tensorflow.UncoveredParameterError, match=r"'given'.*custom_gradient"):
         measured(lambda x: summed(product(x, weight)), [weight], tf.constant(draw(1, M, T, K)))
+
+
+def test_a_tensor_in_two_places_of_one_operation_is_refused():
+    weight = variable(0, K, name="in_two")
+
+    def losses_of(x):
+        read = tf.convert_to_tensor(weight)
+        return summed(x + tf.where(x > 0, read, read))
+
+    with pytest.raises(cabs_tensorflow.UncoveredParameterError, match=r"'in_two'.*twice"):
+        measured(losses_of, [weight], tf.constant(draw(1, M, T, K)))
+
+
+def test_a_function_whose_variable_another_function_writes_is_refused():
+    weight = variable(0, K, K, name="moved")
+
+    @tf.function
+    def inner(x):
+        return tf.tanh(x @ weight)
+
+    @tf.function
+    def move():
+        weight.assign(3.0 * weight)
+
+    def losses_of(x):
+        h = inner(x)
+        move()
+        return summed(h)
+
+    with pytest.raises(cabs_tensorflow.UncoveredParameterError, match=r"'moved'.*written"):
+        measured(losses_of, [weight], tf.constant(draw(1, M, T, K)))
+
+
+def test_parameters_that_a_called_function_computes_are_refused():
+    weight = variable(0, K, 3, name="normed")
+    computed = tf.function(lambda: weight / tf.norm(weight))
+    with pytest.raises(cabs_tensorflow.UncoveredParameterError, match=r"'normed'.*decorator off"):
+        measured(lambda x: summed(x @ computed()), [weight], tf.constant(draw(1, M, T, K)))
+
+
+@pytest.mark.parametrize(
+    "cut", [lambda h: h[:, :-1], lambda h: h[:, ::2], lambda h: h[:, :3], lambda h: h[:, 1:]]
+)
+def test_lengths_that_follow_from_unknown_ones_are_followed(cut):
+    first, second = variable(0, K, K), variable(1, K, 3)
+
+    @tf.function(input_signature=[tf.TensorSpec([None, None, K], tf.float64)])
+    def step(x):
+        with cabs_tensorflow.GradientTape() as tape:
+            h = tf.tensordot(cut(x), first, 1)
+            losses = tf.reduce_sum(tf.sin(tf.tensordot(cut(tf.tanh(h)), second, 1)), axis=(1, 2))
+        return tape.gradient(losses, [first, second])[1]
+
+    x = draw(2, 4, 7, K)
+    rows = []
+    for one in x:
+        with tf.GradientTape() as tape:
+            h = tf.tensordot(cut(tf.constant(one[None])), first, 1)
+            loss = tf.reduce_sum(tf.sin(tf.tensordot(cut(tf.tanh(h)), second, 1)))
+        rows += [np.sum(g.numpy() ** 2) for g in tape.gradient(loss, [first, second])]
+    np.testing.assert_allclose(step(x).group_square_sum, sum(rows), rtol=1e-10)
+
+
+def test_as_many_losses_as_there_are_by_chance_are_refused():
+    weight = variable(0, K, 2, name="chance")
+
+    @tf.function(input_signature=[tf.TensorSpec([None, None, K], tf.float64)])
+    def step(x):
+        with cabs_tensorflow.GradientTape() as tape:
+            losses = tf.reduce_sum(tf.sin(x @ weight), axis=(1, 2))[:1500]
+        return tape.gradient(losses, [weight])
+
+    with pytest.raises(cabs_tensorflow.UncoveredParameterError, match="'chance'"):
+        step(draw(0, 3, 2, K))
+
+
+def test_frames_folded_into_the_batch_are_exact_where_pairs_would_be_cheaper():
+    kernel = variable(0, 3, 3, 64, 70)
+
+    def losses_of(x):
+        h = tf.nn.conv2d(tf.reshape(x, [-1, 4, 4, 64]), kernel, 1, "SAME")
+        return tf.reduce_sum(tf.reshape(tf.sin(h), [-1, 2 * 4 * 4 * 70]), axis=1)
+
+    assert_exact(losses_of, [kernel], draw(1, 3, 2, 4, 4, 64))

@@ -249,3 +249,48 @@ def test_every_public_name_has_an_example_and_they_are_sorted():
     names = cabs_tensorflow.__all__
     assert names == sorted(names)
     assert [n for n in names if ">>>" not in (getattr(cabs_tensorflow, n).__doc__ or "")] == []
+
+
+def test_what_the_tape_does_not_watch_counts_nothing():
+    weight, frozen = variable(0, 4, 3), tf.Variable(draw(1, 3), trainable=False)
+
+    def losses_of(x):
+        return tf.reduce_sum(tf.square(x @ (weight * frozen) + frozen), axis=1)
+
+    batch = tf.constant(draw(2, 5, 4))
+    gradients, statistics = measured(losses_of, [weight, frozen], batch)
+    assert gradients[1] is None
+    rows = gradients_one_by_one(losses_of, [weight], batch)
+    np.testing.assert_allclose(statistics.group_square_sum, (rows**2).sum(), rtol=1e-12)
+
+
+def test_what_was_computed_before_the_tape_counts_nothing():
+    weight = variable(0, 4, 3)
+
+    @tf.function
+    def step(x):
+        turned = tf.transpose(weight)
+        with cabs_tensorflow.GradientTape() as tape:
+            losses = tf.reduce_sum(tf.square(tf.tanh(x @ weight) @ turned), axis=1)
+        return tape.gradient(losses, [weight])[1]
+
+    batch, constant = tf.constant(draw(1, 5, 4)), tf.constant(weight.numpy().T)
+    rows = gradients_one_by_one(
+        lambda x: tf.reduce_sum(tf.square(tf.tanh(x @ weight) @ constant), axis=1), [weight], batch
+    )
+    np.testing.assert_allclose(step(batch).group_square_sum, (rows**2).sum(), rtol=1e-12)
+
+
+def test_a_tensor_that_is_watched_and_what_it_is_made_of_are_refused_together():
+    weight = variable(0, 4, 3)
+
+    @tf.function
+    def step(x):
+        with cabs_tensorflow.GradientTape() as tape:
+            made = 2.0 * weight
+            tape.watch(made)
+            losses = tf.reduce_sum(tf.square(x @ made), axis=1)
+        return tape.gradient(losses, [weight, made])
+
+    with pytest.raises(cabs_tensorflow.UncoveredParameterError, match="made of another one"):
+        step(draw(1, 5, 4))
