@@ -96,7 +96,7 @@ class Measurement:
             cotangents: Those of the targets, None where they are zero.
         """
         known = dict(zip(self._targets[None], cotangents, strict=True))
-        for name, call in reversed(self._program.calls.items()):
+        for name, call in self._program.calls.items():
             self._look_inside(name, call, known)
         terms: dict[int, list[Term]] = defaultdict(list)
         for join, source in self._walk.meetings:

@@ -96,9 +96,9 @@ class Program:
                 copies = tuple(_laid_open(operation))
                 self._extend(copies, operation.name)
                 # Gradients give the operation more outputs.
-                outputs = tuple(operation.outputs)
-                self.calls[operation.name] = Call(outputs, copies)
-                for output, copy in zip(outputs, copies, strict=True):
+                call = Call(tuple(operation.outputs), copies)
+                self.calls[operation.name] = call
+                for output, copy in zip(*call, strict=True):
                     self.behind[output.name] = self.roots_of(copy)
             elif operation.outputs and operation.outputs[0].name not in self.behind:
                 for output in operation.outputs:

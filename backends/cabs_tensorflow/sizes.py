@@ -41,7 +41,6 @@ class Sizes:
         self._graph = self._traced = graph
         self._shapes: dict[str, Any] = {}
         self._unknown: tuple[int, ...] = ()
-        self._has_lengths = False
         # A handle has the shape of its variable.
         self._handles = {graph.capture(one.handle).name: one for one in variables}
         unknown = _unknown_axes(graph)

@@ -210,7 +210,7 @@ def _together(terms: Sequence[Term]) -> Any:
         right = tf.concat([norms.wide(one.right) for one in products], axis=2)
         sums.append(norms.product(left, right))
     if lookups:
-        ids = tf.concat([tf.cast(one.ids, tf.int64) for one in lookups], axis=1)
+        ids = tf.concat([one.ids for one in lookups], axis=1)
         rows = tf.concat([norms.wide(one.rows) for one in lookups], axis=1)
         sums.append(Lookup(ids, rows, lookups[0].shape).square_sum())
     if not (products and lookups):
