@@ -6,6 +6,7 @@ a controller is refused with the reason, never misread.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -33,20 +34,22 @@ def read_state(state_dict: Any) -> tuple[Configuration, State]:
     """Return what a controller's state dictionary holds; ValueError if it is none."""
     check_mark(state_dict, "this", "state of a controller", _FORMAT, _VERSION)
     if set(state_dict) != {"format", "version", "configuration", "state"}:
-        raise ValueError(f"this state is not whole: it holds {sorted(state_dict)}")
+        raise ValueError(f"this state is not whole: it holds {sorted(map(str, state_dict))}")
     configuration = Configuration.from_json(state_dict["configuration"])
     values = state_dict["state"]
     try:
-        if set(values) != _KINDS.keys():
-            raise ValueError(f"it holds {sorted(values)}, expected {sorted(_KINDS)}")
-        for name, holds in _KINDS.items():
-            if not holds(values[name]):
+        if not isinstance(values, dict) or set(values) != _KINDS.keys():
+            holds = sorted(map(str, values)) if isinstance(values, dict) else repr(values)[:80]
+            raise ValueError(f"it holds {holds}, expected {sorted(_KINDS)}")
+        for name, is_sound in _KINDS.items():
+            if not is_sound(values[name]):
                 raise ValueError(f"it has {name} = {values[name]!r}")
         averages = Averages(
             tuple(map(float, values["variance_trace"])),
             *(float(values[name]) for name in Averages._fields[1:]),
         )
         plain = {name: values[name] for name in State._fields if name != "averages"}
+        plain["learning_rate_factor"] = float(plain["learning_rate_factor"])
         state = State(**plain, averages=averages)
         if state.batch_size not in configuration.sizes:
             raise ValueError(f"it has batch_size = {state.batch_size}, which its sizes exclude")
@@ -63,6 +66,20 @@ def read_state(state_dict: Any) -> tuple[Configuration, State]:
     except (TypeError, AttributeError, OverflowError, ValueError) as error:
         raise ValueError(f"this state is damaged: {error}") from error
     return configuration, state
+
+
+def carry_over(before: Configuration, state: State, after: Configuration) -> State:
+    """Return a state under other settings; ValueError if its averages mean nothing under them."""
+    kept = {name: getattr(before, name) for name in ("smoothing", "debias", "single_precision")}
+    unlike = dataclasses.replace(after, **kept).difference(after)
+    if unlike:
+        raise ValueError(
+            f"the averages of this state are of another kind: {unlike}; these settings cannot "
+            "change within a run"
+        )
+    # Where nothing was measured yet, a measurement stays due.
+    age = state.age if state.averages.variance_trace else max(state.age, after.every)
+    return state._replace(batch_size=after.sizes.nearest(state.batch_size), age=age)
 
 
 def _is_count(value: Any) -> bool:

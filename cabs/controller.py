@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Iterable
 from typing import Any
 
-from cabs.checkpoint import read_state, write_state
+from cabs.checkpoint import carry_over, read_state, write_state
 from cabs.configuration import DEFAULT_SIZES, Configuration
 from cabs.decision import Decision, Observation, Reason, decide, initial_state, is_due
 from cabs.scalars import Scalar, Scalars, as_float, as_floats
@@ -211,19 +211,38 @@ class Controller:
         """
         return write_state(self._configuration, self._state)
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(
+        self, state_dict: dict[str, Any], *, changed_settings: bool = False
+    ) -> None:
         """Go on from a state that :meth:`state_dict` returned.
+
+        Args:
+            state_dict: The state.
+            changed_settings: Whether it may come from a controller with other settings, as when a
+                run goes on where there is less memory. The averages stay, so ``smoothing``,
+                ``debias`` and the published mode must be equal; the batch size moves to the nearest
+                that is allowed here. A run log does not go on through such a change: begin a new
+                one.
 
         Raises:
             ValueError: If it is no such state, is of another version, or belongs to a controller
                 with other settings; the message says which. Nothing has changed then.
+
+        Example:
+            >>> controller = Controller(64, sizes=BatchSizes.range(16, 512))
+            >>> smaller = Controller(16, sizes=BatchSizes.range(16, 48))
+            >>> smaller.load_state_dict(controller.state_dict(), changed_settings=True)
+            >>> smaller.batch_size
+            48
         """
         configuration, state = read_state(state_dict)
-        if configuration != self._configuration:
+        if changed_settings:
+            state = carry_over(configuration, state, self._configuration)
+        elif configuration != self._configuration:
             raise ValueError(
                 "this state belongs to a controller with other settings: "
                 f"{self._configuration.difference(configuration)}; build the controller with the "
-                "settings it was saved with"
+                "settings it was saved with, or load the state with changed_settings=True"
             )
         self._state = state
 

@@ -175,8 +175,9 @@ class BatchSizes:
             if isinstance(value, list):
                 return cls(value)
             if set(value) == {"minimum", "maximum", "step"}:
-                step = as_integer(value["step"], "step", 1)
-                return cls(range(value["minimum"], value["maximum"] + 1, step))
+                ends = (as_integer(value[name], name, 1) for name in ("minimum", "maximum", "step"))
+                minimum, maximum, step = ends
+                return cls(range(minimum, maximum + 1, step))
         except (OverflowError, TypeError, ValueError) as error:
             raise ValueError(f"{value!r} describes no batch sizes: {error}") from error
         raise ValueError(f"{value!r} describes no batch sizes")

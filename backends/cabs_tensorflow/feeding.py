@@ -8,13 +8,14 @@ sizes, from which a ``tf.function`` is traced once. Refuses to cut batches that 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
-from cabs import BatchSampler
-from cabs.sampler import HasBatchSize
+from cabs import BatchSampler, StreamSampler
+from cabs.epochs import HasBatchSize
 from cabs.scalars import as_bool, as_integer
 
 # Examples of a dataset that are read at once. The more, the less Python costs for each of them.
@@ -115,14 +116,7 @@ def _of_arrays(
     seed: int | None,
     drop_last: bool | None,
 ) -> Any:
-    # On the host: a copy of everything on a GPU would be copied back for each batch.
-    with tf.device("CPU:0"):
-        together = tf.data.Dataset.from_tensors(source)
-        _check_dense(together)
-        whole = next(iter(together))
-        # Says whether there are as many examples in each.
-        tf.data.Dataset.from_tensor_slices(whole)
-    examples = int(tf.nest.flatten(whole)[0].shape[0])
+    whole, examples = whole_arrays(source)
     if isinstance(controller, BatchSampler):
         sampler = controller
         if (shuffle, seed, drop_last) != (None, None, None):
@@ -146,14 +140,44 @@ def _of_arrays(
     indices = tf.data.Dataset.from_generator(
         lambda: iter(sampler), output_signature=tf.TensorSpec([None], tf.int64)
     )
+    gather = tf.autograph.experimental.do_not_convert(partial(gathered, whole))
+    return indices.map(gather)
 
-    def gather(drawn: Any) -> Any:
-        return tf.nest.map_structure(lambda array: tf.gather(array, drawn), whole)
 
-    return indices.map(tf.autograph.experimental.do_not_convert(gather))
+def whole_arrays(source: Any) -> tuple[Any, int]:
+    """Return arrays as tensors, and how many examples there are in each."""
+    # On the host: a copy of everything on a GPU would be copied back for each batch.
+    with tf.device("CPU:0"):
+        together = tf.data.Dataset.from_tensors(source)
+        _check_dense(together)
+        whole = next(iter(together))
+        # Says whether there are as many examples in each.
+        tf.data.Dataset.from_tensor_slices(whole)
+    return whole, int(tf.nest.flatten(whole)[0].shape[0])
+
+
+def gathered(whole: Any, indices: Any) -> Any:
+    """Return some examples of arrays."""
+    return tf.nest.map_structure(lambda array: tf.gather(array, indices), whole)
 
 
 def _of_dataset(controller: Any, source: Any, drop_last: bool | None) -> Any:
+    spec = spec_of_examples(source)
+    drop_last = False if drop_last is None else as_bool(drop_last, "drop_last")
+    batched = tf.nest.map_structure(
+        lambda part: tf.TensorSpec(tf.TensorShape([None]).concatenate(part.shape), part.dtype), spec
+    )
+
+    def cut() -> Iterator[Any]:
+        chunks = Chunks(source)
+        for rows in StreamSampler.of_blocks(chunks, controller, drop_last=drop_last):
+            yield tf.nest.pack_sequence_as(spec, rows.arrays)
+
+    return tf.data.Dataset.from_generator(cut, output_signature=batched)
+
+
+def spec_of_examples(source: Any) -> Any:
+    """Return the element spec of a dataset of single examples; ValueError if it has others."""
     _check_dense(source)
     spec = source.element_spec
     if all(part.shape.rank and part.shape[0] is None for part in tf.nest.flatten(spec)):
@@ -161,47 +185,34 @@ def _of_dataset(controller: Any, source: Any, drop_last: bool | None) -> Any:
             "source must be a dataset of single examples, got elements whose first axes are all "
             f"unknown, as those of batches are: {spec}; call unbatch() on it, or leave out batch()"
         )
-    drop_last = False if drop_last is None else as_bool(drop_last, "drop_last")
-    batched = tf.nest.map_structure(
-        lambda part: tf.TensorSpec(tf.TensorShape([None]).concatenate(part.shape), part.dtype), spec
-    )
-    chunks = source.batch(_CHUNK)
-
-    def cut() -> Iterator[Any]:
-        for batch in _cut(chunks.as_numpy_iterator(), controller, drop_last):
-            yield tf.nest.pack_sequence_as(spec, batch)
-
-    return tf.data.Dataset.from_generator(cut, output_signature=batched)
+    return spec
 
 
-def _cut(chunks: Iterator[Any], controller: Any, drop_last: bool) -> Iterator[list[Any]]:
-    """Yield lists of arrays, as many examples of each as are asked for at that moment."""
-    ahead: list[list[Any]] = []
-    left, drawn = 0, 0
-    while True:
-        size = as_integer(getattr(controller, "batch_size", controller), "batch_size", 1)
-        # Two more than are wanted, to see in time whether one would be left alone.
-        while left < size + 2 and (chunk := next(chunks, None)) is not None:
-            ahead.append(tf.nest.flatten(chunk))
-            left += len(ahead[-1][0])
-        if size > left and drop_last:
-            if drawn == 0:
-                raise ValueError(
-                    f"a batch of {size} cannot be drawn from {left} examples with drop_last; "
-                    "lower the largest size or set drop_last=False"
-                )
-            return
-        if left == 0:
-            return
-        size = min(size, left)
-        if left - size == 1 and size > 1 and not drop_last:
-            size += 1 if size == 2 else -1
-        arrays = (
-            ahead[0] if len(ahead) == 1 else list(map(np.concatenate, zip(*ahead, strict=True)))
-        )
-        left, drawn = left - size, drawn + size
-        ahead = [[array[size:] for array in arrays]]
-        yield [array[:size] for array in arrays]
+class Rows:
+    """Examples that lie in arrays, as :meth:`cabs.StreamSampler.of_blocks` takes them."""
+
+    def __init__(self, arrays: list[Any]) -> None:
+        self.arrays = arrays
+
+    def __len__(self) -> int:
+        return len(self.arrays[0])
+
+    def __getitem__(self, rows: slice) -> Rows:
+        return Rows([array[rows] for array in self.arrays])
+
+    def __add__(self, other: Rows) -> Rows:
+        return Rows(list(map(np.concatenate, zip(self.arrays, other.arrays, strict=True))))
+
+
+class Chunks:
+    """The examples of a dataset, many at a time; iterating reads it from its start."""
+
+    def __init__(self, source: Any, *, ahead: int = 0) -> None:
+        chunks = source.batch(_CHUNK)
+        self._chunks = chunks.prefetch(ahead) if ahead else chunks
+
+    def __iter__(self) -> Iterator[Rows]:
+        return (Rows(tf.nest.flatten(chunk)) for chunk in self._chunks.as_numpy_iterator())
 
 
 def _check_dense(examples: Any) -> None:

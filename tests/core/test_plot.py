@@ -1,11 +1,15 @@
 """The picture of a run shows what the log holds."""
 
 import builtins
+import math
 
 import pytest
+from hypothesis import given, settings
 
-from cabs import Controller, RunLog, read_run
+from cabs import Controller, RunLog, initial_state, read_run
 from cabs.plot import plot_run
+from cabs.replay import Run
+from tests.core.strategies import controllers, feed, observations, strange
 
 
 @pytest.fixture
@@ -58,3 +62,27 @@ def test_without_matplotlib_the_error_says_what_to_install(run, monkeypatch):
     monkeypatch.setattr(builtins, "__import__", refuse)
     with pytest.raises(ModuleNotFoundError, match=r"cabs-batch-size\[plot\]"):
         plot_run(run)
+
+
+@pytest.mark.parametrize("count", [-1, math.nan, math.inf, 10**400])
+def test_a_count_of_no_batch_makes_the_axis_the_step(run, count):
+    run.measurements[3]["examples"] = count
+    assert plot_run(run).axes[1].get_xlabel() == "step"
+
+
+@pytest.mark.filterwarnings("ignore:the batch size is 1:RuntimeWarning")
+@settings(max_examples=10)
+@given(controllers(), observations, strange)
+def test_whatever_was_decided_can_be_drawn(tmp_path_factory, controller, observed, loss):
+    last = {"learning_rate": 0.1, "variance_trace": 9.0, "loss": loss}
+    decisions = feed(controller, [*observed, last])
+    numbers = [{"examples": 16} for _ in decisions]
+    start = initial_state(controller.configuration)
+    run = Run(controller.configuration, start, decisions, numbers, cut_off=False)
+    plot_run(run).savefig(tmp_path_factory.mktemp("drawn") / "run.png")
+
+
+def test_many_decisions_are_drawn_with_the_legend_in_its_place(run):
+    run.decisions.extend(run.decisions * 600)
+    run.measurements.extend(run.measurements * 600)
+    assert {panel.get_legend()._loc for panel in plot_run(run).axes} == {1}

@@ -1,0 +1,402 @@
+"""Batches whose size follows a controller, made ready while the step before them runs.
+
+Guarantees: the size of a batch is asked for at a moment that does not depend on how fast anything
+is, ``lag`` batches before it is handed out, so that a run can be repeated and resumed to the bit; a
+state counts the batches that the loop has been given, and not those that were made ready; whatever
+fails while a batch is made, the batch stays the next one.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from types import TracebackType
+from typing import Any, Generic, NamedTuple, Protocol, Self, TypeVar, runtime_checkable
+
+import numpy.typing as npt
+
+from cabs.epochs import EpochSampler
+from cabs.formats import check_mark
+from cabs.scalars import as_integer
+
+_FORMAT = "cabs.loader"
+_VERSION = 1
+
+Batch = TypeVar("Batch", covariant=True)
+
+
+class DrawnBatch(NamedTuple):
+    """What a loader tells of the batch that it handed out last.
+
+    Example:
+        >>> import cabs, numpy as np
+        >>> loader = Loader(np.arange(10.0).take, cabs.BatchSampler(10, 4, shuffle=False))
+        >>> for batch in loader:
+        ...     print(loader.batch.start, loader.batch.examples, loader.batch.lag)
+        0 4 0
+        4 4 0
+        8 2 0
+    """
+
+    epoch: int
+    """Counted from 0."""
+    start: int
+    """Position in the epoch of its first example, over all ranks."""
+    examples: int
+    """How many examples it has, over all ranks."""
+    asked: int
+    """The size that was asked for; it differs at the end of an epoch."""
+    lag: int
+    """How many batches were handed out after the size was asked for, and before this one."""
+    drawn: Any
+    """What the sampler drew: this rank's indices, or its examples of a stream."""
+
+
+@runtime_checkable
+class Fetch(Protocol[Batch]):
+    """What makes batches for a loader, where a function would not do.
+
+    It is told what will be asked for, and is asked for all of it, in order.
+
+    Example:
+        >>> import cabs
+        >>> class Squares:
+        ...     def begin(self, epoch, upcoming):
+        ...         self.squares = iter([index**2 for index in upcoming.tolist()])
+        ...     def fetch(self, batch):
+        ...         return [next(self.squares) for _ in batch.drawn]
+        ...     def close(self):
+        ...         pass
+        >>> list(Loader(Squares(), cabs.BatchSampler(6, 4, shuffle=False)))
+        [[0, 1, 4, 9], [16, 25]]
+    """
+
+    def begin(self, epoch: int, upcoming: npt.NDArray[Any] | None) -> None:
+        """Prepare for these indices, in this order; None for what a stream holds."""
+        ...
+
+    def fetch(self, batch: DrawnBatch) -> Batch:
+        """Return a batch that was drawn; never called twice at a time."""
+        ...
+
+    def close(self) -> None:
+        """Leave what was prepared for."""
+        ...
+
+
+class _Function(Generic[Batch]):
+    """A plain function that makes batches, which needs no preparation."""
+
+    def __init__(self, function: Callable[[Any], Batch]) -> None:
+        self._function = function
+
+    def begin(self, epoch: int, upcoming: npt.NDArray[Any] | None) -> None:
+        pass
+
+    def fetch(self, batch: DrawnBatch) -> Batch:
+        return self._function(batch.drawn)
+
+    def close(self) -> None:
+        pass
+
+
+class _Pending(NamedTuple):
+    """A batch that was drawn and has not been handed out."""
+
+    batch: DrawnBatch
+    asked_at: int
+    """How many batches had been handed out when its size was asked for."""
+    made: Callable[[], Any]
+    """Returns it; may wait."""
+
+
+class Loader(Generic[Batch]):
+    """Iterates over batches, each of the size that the controller asks for.
+
+    Iterating yields the rest of the current epoch. With ``lag=0`` a batch is drawn and fetched when
+    the loop asks for it. With ``lag=k``, it is drawn when the loop asks for the one k before it,
+    and fetched by a thread meanwhile: the decision of a step is obeyed by the batch after the k
+    that are ready. At the beginning of an epoch the lag grows from 0 to k. :attr:`batch` tells the
+    lag of each.
+
+    One object holds what a checkpoint needs: the position in the epoch, the sizes of the batches
+    that are ready and, where the sampler asks a controller, its state too. Save it when the step of
+    the last batch has ended, ``controller.update`` included.
+
+    Args:
+        fetch: Returns the batch for what the sampler has drawn: a function of the indices of a
+            :class:`cabs.BatchSampler`, or of the examples of a :class:`cabs.StreamSampler`; or a
+            :class:`cabs.Fetch`.
+        sampler: Says which examples come, and asks for their number. It belongs to this loader, and
+            runs ahead of it.
+        lag: How many batches to make ready in advance.
+
+    Raises:
+        TypeError: If an argument is of the wrong kind.
+        ValueError: If ``lag`` is negative.
+
+    Example:
+        >>> import cabs, numpy as np
+        >>> inputs, labels = np.arange(20.0).reshape(10, 2), np.arange(10)
+        >>> controller = cabs.Controller(2, sizes=cabs.BatchSizes.range(2, 8))
+        >>> sampler = cabs.BatchSampler(10, controller, shuffle=False)
+        >>> loader = cabs.Loader(lambda indices: (inputs[indices], labels[indices]), sampler, lag=1)
+        >>> for x, y in loader:
+        ...     print(y, loader.batch.lag)
+        ...     _ = controller.update(learning_rate=0.1, variance_trace=40.0, loss=1.0)
+        [0 1] 0
+        [2 3] 1
+        [4 5 6 7] 1
+        [8 9] 1
+    """
+
+    def __init__(
+        self,
+        fetch: Callable[[Any], Batch] | Fetch[Batch],
+        sampler: EpochSampler[Any],
+        *,
+        lag: int = 0,
+    ) -> None:
+        if not callable(fetch) and not isinstance(fetch, Fetch):
+            raise TypeError(
+                f"fetch must be a function of what the sampler draws, got fetch = {fetch!r}"
+            )
+        if not isinstance(sampler, EpochSampler):
+            raise TypeError(
+                "sampler must be a cabs.BatchSampler or a cabs.StreamSampler, got sampler = "
+                f"{sampler!r}"
+            )
+        self._fetch = fetch if isinstance(fetch, Fetch) else _Function(fetch)
+        self._sampler = sampler
+        self.lag = as_integer(lag, "lag", 0)
+        self._thread: ThreadPoolExecutor | None = None
+        self._is_begun = False
+        self._batch: DrawnBatch | None = None
+        self._handed_out = 0
+        # Where the loop stands: its epoch, and how many examples it has been given.
+        self._place = (sampler.epoch, sampler.position)
+        self._pending: deque[_Pending] = deque()
+        # Sizes that were asked for before, with the number of batches handed out then.
+        self._known: deque[tuple[int, int]] = deque()
+        # Whether the sampler has come to the end of the epoch.
+        self._is_drawn = False
+
+    @property
+    def controller(self) -> Any:
+        """What says the size of the next batch."""
+        return self._sampler.controller
+
+    @property
+    def epoch(self) -> int:
+        """The current epoch, counted from 0; the next one once the loop over it has ended."""
+        return self._place[0]
+
+    @property
+    def position(self) -> int:
+        """How many examples of the epoch the loop has been given, over all ranks."""
+        return self._place[1]
+
+    @property
+    def batch(self) -> DrawnBatch:
+        """What there is to tell of the batch handed out last.
+
+        Raises:
+            ValueError: If there was none since the loader was made or restored.
+        """
+        if self._batch is None:
+            raise ValueError("no batch has been handed out yet; read it in the loop's body")
+        return self._batch
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Yield the rest of the epoch, batch by batch."""
+        epoch = self.epoch
+        while self.epoch == epoch:
+            self._draw_ahead()
+            if self._pending:
+                yield self._handed()
+            else:
+                self._end_epoch()
+
+    def _handed(self) -> Batch:
+        """Return the batch that is ready first, or will be."""
+        try:
+            made: Batch = self._pending[0].made()
+        except BaseException as error:
+            start, examples = self._pending[0].batch[1:3]
+            error.add_note(
+                f"cabs: the batch of {examples} examples from position {start} of epoch "
+                f"{self.epoch} could not be made; it is still the next one"
+            )
+            self._rewind()
+            raise
+        self._batch = self._pending.popleft().batch
+        self._place = (self.epoch, self._batch.start + self._batch.examples)
+        self._handed_out += 1
+        return made
+
+    def _end_epoch(self) -> None:
+        self._stop_thread()
+        self._place = (self.epoch + 1, 0)
+        self._is_begun = self._is_drawn = False
+
+    def _draw_ahead(self) -> None:
+        """Draw until there is the next batch, and ``lag`` more."""
+        if not self._is_begun:
+            self._begin()
+        while len(self._pending) <= self.lag and (self._known or not self._is_drawn):
+            if self._known:
+                asked, asked_at = self._known[0]
+            else:
+                asked, asked_at = self._sampler.batch_size, self._handed_out
+            start = self._sampler.position
+            try:
+                drawn = self._sampler.draw(asked)
+            except BaseException:
+                self._rewind()
+                raise
+            if drawn is None:
+                self._is_drawn = True
+                self._known.clear()
+                return
+            batch = DrawnBatch(
+                self.epoch,
+                start,
+                self._sampler.position - start,
+                asked,
+                self._handed_out + len(self._pending) - asked_at,
+                drawn,
+            )
+            self._pending.append(_Pending(batch, asked_at, self._made(batch)))
+            if self._known:
+                self._known.popleft()
+
+    def _made(self, batch: DrawnBatch) -> Callable[[], Any]:
+        """Return a function that returns the batch; with a lag, a thread begins to make it."""
+        if self.lag == 0:
+            return lambda: self._fetch.fetch(batch)
+        if self._thread is None:
+            self._thread = ThreadPoolExecutor(1, thread_name_prefix="cabs-loader")
+        future: Future[Any] = self._thread.submit(self._fetch.fetch, batch)
+        return future.result
+
+    def _begin(self) -> None:
+        self._sampler.go_to(*self._place)
+        self._fetch.begin(self.epoch, self._sampler.upcoming())
+        self._is_begun = True
+
+    def _stop_thread(self) -> None:
+        if self._thread is not None:
+            self._thread.shutdown(wait=True, cancel_futures=True)
+            self._thread = None
+
+    def _rewind(self) -> None:
+        """Forget the batches that are ready, but not the sizes that were asked for."""
+        sizes = [(pending.batch.asked, pending.asked_at) for pending in self._pending]
+        self._known.extendleft(reversed(sizes))
+        self._pending.clear()
+        self._stop_thread()
+        self._is_begun = False
+        self._fetch.close()
+        self._sampler.go_to(*self._place)
+
+    def close(self) -> None:
+        """Let go of threads, workers and streams; the next loop goes on where the last one was."""
+        self._rewind()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return position, sizes asked for, and the controller's state, as plain values.
+
+        Example:
+            >>> import cabs, numpy as np
+            >>> sampler = cabs.BatchSampler(10, 4, shuffle=False)
+            >>> loader = Loader(np.arange(10).take, sampler, lag=1)
+            >>> next(iter(loader)).tolist()
+            [0, 1, 2, 3]
+            >>> resumed = Loader(np.arange(10).take, cabs.BatchSampler(10, 4, shuffle=False))
+            >>> resumed.load_state_dict(loader.state_dict())
+            >>> [batch.tolist() for batch in resumed]
+            [[4, 5, 6, 7], [8, 9]]
+        """
+        pending = [(pending.batch.asked, pending.asked_at) for pending in self._pending]
+        return {
+            "format": _FORMAT,
+            "version": _VERSION,
+            "sampler": self._sampler.state_at(*self._place),
+            "controller": self._controller_state(),
+            "sizes": [
+                [asked, self._handed_out - asked_at] for asked, asked_at in [*pending, *self._known]
+            ],
+            "is_drawn": self._is_drawn,
+        }
+
+    def _controller_state(self) -> dict[str, Any] | None:
+        state_dict = getattr(self.controller, "state_dict", None)
+        return None if state_dict is None else state_dict()
+
+    def load_state_dict(self, state_dict: Any, *, changed_settings: bool = False) -> None:
+        """Go on from a state that :meth:`state_dict` returned, the controller included.
+
+        Lag, workers, ranks and what limits memory may be others than before.
+
+        Args:
+            state_dict: The state.
+            changed_settings: Whether the controller may have other settings than the one that was
+                saved, as :meth:`cabs.Controller.load_state_dict` describes. The sizes that were
+                asked for ahead are then asked for anew.
+
+        Raises:
+            ValueError: If it is no such state, is of another version, or belongs to other batches
+                or a controller with other settings. Nothing has changed then.
+        """
+        check_mark(state_dict, "this", "state of a loader", _FORMAT, _VERSION)
+        if set(state_dict) != set(self.state_dict()):
+            raise ValueError(f"this state is not whole: it holds {sorted(state_dict, key=str)}")
+        sizes, is_drawn = state_dict["sizes"], state_dict["is_drawn"]
+        if type(is_drawn) is not bool or not _are_sizes(sizes):
+            raise ValueError(f"this state is damaged: sizes = {sizes!r}, is_drawn = {is_drawn!r}")
+        controller, before = state_dict["controller"], self._controller_state()
+        if (controller is None) != (before is None):
+            raise ValueError(
+                "this state was saved "
+                f"{'without' if controller is None else 'with'} a controller, and this loader has "
+                f"{'none' if before is None else 'one'}; build it as it was"
+            )
+        place = self._sampler.epoch, self._sampler.position
+        self._sampler.load_state_dict(state_dict["sampler"])
+        loaded = self._sampler.epoch, self._sampler.position
+        try:
+            if controller is not None:
+                options = {"changed_settings": True} if changed_settings else {}
+                self.controller.load_state_dict(controller, **options)
+        finally:
+            self._sampler.go_to(*place)
+        self._place = loaded
+        self._rewind()
+        self._batch, self._handed_out = None, 0
+        self._known = deque() if changed_settings else deque((m, -waited) for m, waited in sizes)
+        self._is_drawn = is_drawn and not changed_settings
+
+    def __repr__(self) -> str:
+        return f"Loader({self._sampler!r}, lag={self.lag})"
+
+
+def _are_sizes(value: Any) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(pair, list)
+        and [type(number) for number in pair] == [int, int]
+        and pair[0] >= 1
+        and pair[1] >= 0
+        for pair in value
+    )
