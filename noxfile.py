@@ -1,8 +1,8 @@
 """One command an intent, the same here and in continuous integration.
 
 ``nox -s tests`` (core on each supported Python found, and each framework on this one), ``lint``,
-``docs``, ``package``, ``bench``. Only the Pythons that are missing are skipped, and said to be; a
-framework that cannot be installed is an error.
+``docs``, ``package``, ``soak``, ``bench``. Only the Pythons that are missing are skipped, and said
+to be; a framework that cannot be installed is an error.
 """
 
 import os
@@ -113,6 +113,16 @@ for module in (cabs, cabs_jax, cabs_tensorflow, cabs_torch):
     assert pathlib.Path(module.__file__).is_relative_to(site), module.__file__
     assert pathlib.Path(module.__file__).with_name("py.typed").exists()
 """
+
+
+@nox.session
+def soak(session: nox.Session) -> None:
+    """Prove at length what the tests prove in short: a million updates, and runs killed often."""
+    install(session, "-e", ".[torch]", groups=("test",))
+    session.env.update(CABS_UPDATES="1000000", CABS_KILLS="40")
+    long = ("tests/core/test_soak.py", "tests/torch/test_survival.py")
+    # Says what was done to each run, too.
+    session.run("pytest", "-s", *long, *session.posargs)
 
 
 @nox.session

@@ -1,11 +1,12 @@
 """Exact gradient statistics for TensorFlow, from the backward pass that training does anyway.
 
-Guarantees: measures and decides nothing; gradients are those of ``tf.GradientTape``.
+Guarantees: measures, feeds, and decides nothing; gradients are those of ``tf.GradientTape``.
 """
 
 from cabs_tensorflow.errors import UncoveredParameterError
 from cabs_tensorflow.feeding import dataset
 from cabs_tensorflow.fitting import AdaptiveBatchSize, adaptive
+from cabs_tensorflow.loading import loader
 from cabs_tensorflow.statistics import BatchStatistics, PartialStatistics
 from cabs_tensorflow.tape import GradientTape
 from cabs_tensorflow.verification import verify
@@ -18,5 +19,6 @@ __all__ = [
     "UncoveredParameterError",
     "adaptive",
     "dataset",
+    "loader",
     "verify",
 ]

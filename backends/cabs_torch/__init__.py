@@ -1,12 +1,13 @@
 """Exact gradient statistics for PyTorch, from the backward pass that training does anyway.
 
-Guarantees: measures and decides nothing; the gradients are those of a plain backward pass.
+Guarantees: measures, feeds, and decides nothing; the gradients are those of a plain backward pass.
 """
 
 from cabs_torch.accumulation import Accumulation
 from cabs_torch.backward import backward
 from cabs_torch.compiled import CompiledStep, compile  # noqa: A004
 from cabs_torch.errors import UncoveredParameterError
+from cabs_torch.loading import loader
 from cabs_torch.statistics import BatchStatistics, mean_square
 from cabs_torch.verification import verify
 
@@ -17,6 +18,7 @@ __all__ = [
     "UncoveredParameterError",
     "backward",
     "compile",
+    "loader",
     "mean_square",
     "verify",
 ]

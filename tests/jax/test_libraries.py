@@ -6,11 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 
 import cabs_jax
 from tests.jax.reference import assert_exact, draw
+from tests.jax.test_loader import Run, over_arrays, same
 
 IDS = jnp.asarray(np.random.default_rng(0).integers(0, 11, (8, 6)))
 
@@ -99,3 +101,27 @@ def test_an_equinox_network_and_an_optax_step():
         losses.append(float(loss))
     assert losses[-1] < losses[0]
     assert statistics.read().variance_trace > 0.0
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_orbax_stores_a_loader_beside_the_parameters(tmp_path):
+    whole = Run(over_arrays, 1)
+    expected = whole.train(20)
+    first, rest = Run(over_arrays, 1), Run(over_arrays, 1)
+    seen = first.train(8)
+    state = first.state()
+    with ocp.CheckpointManager(tmp_path) as manager:
+        parts = {
+            "params": ocp.args.StandardSave(state["params"]),
+            "loader": ocp.args.JsonSave(state["loader"]),
+        }
+        manager.save(8, args=ocp.args.Composite(**parts))
+        manager.wait_until_finished()
+        parts = {
+            "params": ocp.args.StandardRestore(rest.params),
+            "loader": ocp.args.JsonRestore(),
+        }
+        restored = manager.restore(8, args=ocp.args.Composite(**parts))
+    rest.restore({"params": restored.params, "loader": restored.loader})
+    assert seen + rest.train(12) == expected
+    same(rest.params, whole.params)
