@@ -34,10 +34,12 @@ class MemoryCap:
 
     Args:
         examples: The largest microbatch to begin with, at least 1.
+        minimum: How low it may get; beyond, running out of memory is an error. With exact
+            statistics 3, which leaves no microbatch with a single example.
 
     Raises:
-        TypeError: If ``examples`` is no integer.
-        ValueError: If it is below 1.
+        TypeError: If a number is no integer.
+        ValueError: If ``minimum`` is below 1, or ``examples`` below it.
 
     Example:
         >>> import warnings
@@ -53,10 +55,11 @@ class MemoryCap:
         MemoryCap(2)
     """
 
-    __slots__ = ("_examples",)
+    __slots__ = ("_examples", "_minimum")
 
-    def __init__(self, examples: int) -> None:
-        self._examples = as_integer(examples, "examples", 1)
+    def __init__(self, examples: int, *, minimum: int = 1) -> None:
+        self._minimum = as_integer(minimum, "minimum", 1)
+        self._examples = as_integer(examples, "examples", self._minimum)
 
     @property
     def examples(self) -> int:
@@ -105,8 +108,8 @@ class MemoryCap:
         Raises:
             TypeError: If ``out_of_memory`` is not as described; and as :func:`cabs.split`.
             ValueError: As :func:`cabs.split`.
-            Exception: What ``step`` raised, if it is something else, or pieces were of one unit
-                already; the cap is then as it was.
+            Exception: What ``step`` raised, if it is something else, or pieces cannot be smaller;
+                the cap is then as it was.
 
         Warns:
             RuntimeWarning: When the cap is lowered, from what to what.
@@ -122,9 +125,9 @@ class MemoryCap:
             except Exception as error:
                 if not is_meant(error):
                     raise
-                if largest == multiple_of:
+                if largest <= max(self._minimum, multiple_of):
                     error.add_note(
-                        f"cabs.MemoryCap: a microbatch cannot be smaller than {largest} examples"
+                        f"cabs.MemoryCap: microbatches of {largest} examples are not made smaller"
                     )
                     raise
             # Only here, outside of the except block, is the error gone, whose traceback holds the
@@ -133,7 +136,8 @@ class MemoryCap:
             gc.collect()
             if release is not None:
                 release()
-            before, self._examples = self._examples, largest // multiple_of // 2 * multiple_of
+            lower = max(largest // multiple_of // 2 * multiple_of, self._minimum)
+            before, self._examples = self._examples, lower
             warnings.warn(
                 f"out of memory with a microbatch of {largest} examples; the cap is lowered from "
                 f"{before} to {self._examples} examples",

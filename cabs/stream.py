@@ -1,8 +1,8 @@
 """Batches cut from a stream of examples, of which nobody knows how many there are.
 
 Guarantees: in every epoch each example of the stream is in exactly one batch, in the order of the
-stream, whatever the sizes do; no more is read ahead than two examples beyond the batch, or one for
-each rank, by which it is seen in time whether too few would be left over.
+stream, whatever the sizes do; no more is read ahead, unless it is asked for, than two examples
+beyond the batch, or one for each rank, by which it is seen whether too few would be left over.
 Refuses streams that cannot be read again, since an epoch could then not be resumed.
 """
 
@@ -10,9 +10,12 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from typing import Any, Self
 
 from cabs.epochs import EpochSampler, HasBatchSize
+from cabs.scalars import as_integer
 
 
 class StreamSampler(EpochSampler[Any]):
@@ -26,6 +29,8 @@ class StreamSampler(EpochSampler[Any]):
         examples: What an epoch iterates over: an iterable that can be iterated over again, or a
             function that is given the number of the epoch and returns an iterable.
         batch_size: A :class:`cabs.Controller`, or a constant.
+        ahead: How many examples a thread reads in advance, while the loop is busy; with 0 they are
+            read when they are drawn.
         drop_last: Leave out the examples at the end of an epoch that fill no whole batch.
         rank: This process's rank. Each reads the whole stream and keeps its share.
         world_size: How many ranks draw from the same batches. All must ask for the same sizes.
@@ -49,15 +54,21 @@ class StreamSampler(EpochSampler[Any]):
         examples: Iterable[Any] | Callable[[int], Iterable[Any]],
         batch_size: HasBatchSize | int,
         *,
+        ahead: int = 0,
         drop_last: bool = False,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
         super().__init__(batch_size, drop_last=drop_last, rank=rank, world_size=world_size)
+        ahead = as_integer(ahead, "ahead", 0)
         opened = _opener(examples)
-        self._open: Callable[[int], Iterator[Sequence[Any]]] = lambda epoch: (
-            [example] for example in opened(epoch)
-        )
+
+        def blocks(epoch: int) -> Iterator[Sequence[Any]]:
+            if ahead:
+                return _read_ahead(opened(epoch), ahead)
+            return ([example] for example in opened(epoch))
+
+        self._open: Callable[[int], Iterator[Sequence[Any]]] = blocks
         self._order = ""
         self._blocks: _Blocks | None = None
 
@@ -155,6 +166,25 @@ def _opener(examples: Any) -> Callable[[int], Iterator[Any]]:
             "from, or a function of the epoch that makes it"
         )
     return lambda _: iter(examples)
+
+
+def _read_ahead(examples: Iterator[Any], ahead: int) -> Iterator[list[Any]]:
+    """Yield blocks of examples that a thread reads, so many examples in advance."""
+    # Halves: one may be taken while the other is read.
+    length = -(-ahead // 2)
+
+    def read() -> list[Any]:
+        return list(islice(examples, length))
+
+    with ThreadPoolExecutor(1, thread_name_prefix="cabs-stream") as thread:
+        coming = deque(thread.submit(read) for _ in range(-(-ahead // length)))
+        try:
+            while block := coming.popleft().result():
+                coming.append(thread.submit(read))
+                yield block
+        finally:
+            for future in coming:
+                future.cancel()
 
 
 class _Blocks:

@@ -2,6 +2,7 @@
 
 import json
 import random
+import threading
 import time
 
 import numpy as np
@@ -15,7 +16,7 @@ from tests.core.runs import controller, run
 examples = st.integers(1, 150)
 lags = st.integers(0, 3)
 seeds = st.integers(0, 99)
-kinds = st.sampled_from(["indices", "stream", "blocks"])
+kinds = st.sampled_from(["indices", "stream", "stream read ahead", "blocks"])
 
 
 def sampler(kind, examples, source, seed=0, **options):
@@ -28,6 +29,8 @@ def sampler(kind, examples, source, seed=0, **options):
 
     if kind == "stream":
         return StreamSampler(order, source, **options)
+    if kind == "stream read ahead":
+        return StreamSampler(order, source, ahead=1 + seed % 9, **options)
 
     def blocks(epoch):
         numbers = order(epoch)
@@ -355,6 +358,36 @@ def test_no_more_of_a_stream_is_read_than_two_examples_beyond_a_batch():
 
     next(iter(StreamSampler(stream, 3)))
     assert len(read) == 5
+
+
+def test_a_thread_reads_a_stream_ahead_while_the_loop_is_busy():
+    read = []
+
+    def stream(_):
+        for number in range(40):
+            read.append((number, threading.current_thread()))
+            yield number
+
+    with Loader(list, StreamSampler(stream, 3, ahead=8)) as batches:
+        assert next(iter(batches)) == [0, 1, 2]
+        deadline = time.monotonic() + 10.0
+        while len(read) < 12 and time.monotonic() < deadline:
+            time.sleep(0.001)
+        # What was looked at, and eight more, in blocks of four.
+        assert 12 <= len(read) <= 16
+        assert threading.main_thread() not in {thread for _, thread in read}
+        assert [one for batch in batches for one in batch] == list(range(3, 40))
+
+
+def test_a_stream_that_fails_in_the_thread_fails_in_the_loop():
+    def stream(_):
+        yield from range(10)
+        raise OSError("the connection was reset")
+
+    batches = Loader(list, StreamSampler(stream, 4, ahead=3))
+    with pytest.raises(OSError, match="the connection was reset"):
+        list(batches)
+    assert batches.position == 8
 
 
 def test_what_is_no_stream_is_refused():

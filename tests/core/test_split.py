@@ -300,7 +300,7 @@ def test_with_one_unit_left_the_error_is_raised_on(unit):
         cap.run(step_for(0, tried), 12, out_of_memory=FullError, multiple_of=unit)
     assert tried[-1] == [unit] * (12 // unit)
     assert caught.value.__notes__ == [
-        f"cabs.MemoryCap: a microbatch cannot be smaller than {unit} examples"
+        f"cabs.MemoryCap: microbatches of {unit} examples are not made smaller"
     ]
     assert cap.examples == unit
 
@@ -367,6 +367,24 @@ def test_pieces_of_a_failed_step_are_freed_too():
     with pytest.warns(RuntimeWarning):
         sizes = MemoryCap(2).run(step_for(1), batch, out_of_memory=FullError, release=release)
     assert sizes == [1, 1, 1, 1]
+
+
+@pytest.mark.filterwarnings("ignore:out of memory:RuntimeWarning")
+def test_with_a_minimum_of_three_no_microbatch_has_a_single_example():
+    tried = []
+
+    def step(pieces):
+        tried.append(pieces)
+        raise MemoryError
+
+    for examples in range(3, 60):
+        tried.clear()
+        cap = MemoryCap(40, minimum=3)
+        with pytest.raises(MemoryError):
+            cap.run(step, examples, out_of_memory=MemoryError)
+        assert min(map(min, tried)) >= 2
+        assert cap.examples >= 3
+        assert max(tried[-1]) <= 3
 
 
 def test_a_warning_that_is_an_error_leaves_the_cap_lowered():
