@@ -126,7 +126,8 @@ class EpochSampler(ABC, Generic[Drawn]):
                     "drop_last; lower the largest size or set drop_last=False"
                 )
             return 0
-        size, smallest = min(size, left), self._smallest
+        smallest = self._smallest(size)
+        size = min(size, left)
         rest = left - size
         # A constant size of 1 is somebody's wish.
         if self.drop_last or size == 1 or not 0 < rest < smallest:
@@ -134,10 +135,12 @@ class EpochSampler(ABC, Generic[Drawn]):
         shorter = size - (smallest - rest)
         return shorter if shorter >= smallest else left
 
-    @property
-    def _smallest(self) -> int:
-        """The fewest examples of a batch that shows a variance, and has some for each rank."""
-        return max(2, self.world_size)
+    def _smallest(self, size: int) -> int:
+        """Return the fewest examples of a batch that shows a variance on each rank.
+
+        One for each rank, where the size that was asked for does not allow for two.
+        """
+        return max(2, 2 * self.world_size if size >= 2 * self.world_size else self.world_size)
 
     @abstractmethod
     def _left(self, wanted: int) -> int:

@@ -24,8 +24,8 @@ class BatchSampler(EpochSampler[npt.NDArray[np.int64]]):
     restored in the middle of one, the next loop goes on where the last one stopped. With several
     ranks, each draws its share of every batch: of the epoch's order, every ``world_size``-th
     example. The shares differ by at most one example, so weigh gradients by them. One example alone
-    shows no variance, and a rank without one has nothing to do, so that few are not left over for
-    the last batch of an epoch: the batch before it gives some up, or takes them.
+    shows no variance, so that less than two for each rank are not left over for the last batch of
+    an epoch: the batch before it gives some up, or takes them.
 
     Args:
         examples: How many examples there are.

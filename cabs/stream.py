@@ -2,7 +2,7 @@
 
 Guarantees: in every epoch each example of the stream is in exactly one batch, in the order of the
 stream, whatever the sizes do; no more is read ahead, unless it is asked for, than two examples
-beyond the batch, or one for each rank, by which it is seen whether too few would be left over.
+for each rank beyond the batch, by which it is seen whether too few would be left over.
 Refuses streams that cannot be read again, since an epoch could then not be resumed.
 """
 
@@ -111,7 +111,7 @@ class StreamSampler(EpochSampler[Any]):
         try:
             if self._blocks is None:
                 self._blocks = self._reopened()
-            left = self._blocks.fill(wanted + self._smallest)
+            left = self._blocks.fill(wanted + self._smallest(wanted))
             if left == self._position == 0:
                 raise ValueError(
                     f"the stream of epoch {self._epoch} holds no example; give an iterable that "

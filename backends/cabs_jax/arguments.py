@@ -115,11 +115,8 @@ def read_arguments(args: Sequence[Any], argnums: Sequence[int], in_axes: Any) ->
         raise ValueError(f"all leaves of a batch must hold as many examples, got {shown}")
     treedef = jax.tree.structure(tuple(args))
     examples = next(iter(sizes.values()))
-    if examples < 2:
-        raise ValueError(
-            f"a batch must hold at least two examples to show a variance, got {examples}; for a "
-            "single one use jax.value_and_grad"
-        )
+    if not examples:
+        raise ValueError("a batch must hold at least one example, got none")
     return Arguments(tuple(leaves), tuple(paths), tuple(axes), tuple(parameters), treedef, examples)
 
 

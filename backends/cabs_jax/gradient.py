@@ -51,12 +51,13 @@ def value_and_grad(
         A function of the same arguments, but batches in place of examples, and of ``mask``: which
         examples count, booleans of shape (m,); all by default. It returns
         ``(loss, statistics), gradients``, or ``(loss, statistics, aux), gradients``, with
-        a :class:`cabs_jax.BatchStatistics`, and ``aux`` stacked along a first axis.
+        a :class:`cabs_jax.BatchStatistics`, and ``aux`` stacked along a first axis. A single
+        example shows no variance: its trace is ``nan``, and its ``partial`` is part of a whole.
 
     Raises:
         TypeError: If the loss is not a real number of shape ().
-        ValueError: If there are less than two examples, leaves differ in their number, or examples
-            are coupled by a named axis.
+        ValueError: If there is no example, leaves differ in their number, or examples are coupled
+            by a named axis.
 
     Source:
         Balles, Romero, Hennig (arXiv 1612.05086), section 4.2, for the variance within a batch.

@@ -152,7 +152,7 @@ def test_verify_finds_a_wrong_rule(monkeypatch):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: _call(batch=BATCH[:1]), "at least two examples"),
+        (lambda: _call(batch=BATCH[:0]), "at least one example"),
         (lambda: _call(batch={"a": BATCH, "b": BATCH[:3]}), r"8 in .*\['a'\], 3 in .*\['b'\]"),
         (lambda: _call(batch=jnp.zeros(())), "hold the examples along axis 0, got shape"),
         (lambda: _call(batch=jax.random.key(0)), r"jax.random.split\(key, m\)"),

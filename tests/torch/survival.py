@@ -72,6 +72,8 @@ def train(folder: Path, workers: int, pause: float) -> None:
                 "random": torch.get_rng_state(),
             }
             torch.save(state, file)
+            # A save takes a while, so that kills meet it.
+            time.sleep(pause)
 
     journal = open(folder / "journal.jsonl", "ab", buffering=0)  # noqa: SIM115
     # A line that a kill has cut ends here.

@@ -1,0 +1,85 @@
+"""Several processes that train together are one that trains alone."""
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch.utils.data import TensorDataset
+
+import cabs
+import cabs_torch
+
+
+def dataset():
+    torch.manual_seed(0)
+    inputs = torch.randn(203, 5)
+    return TensorDataset(torch.arange(203), inputs, inputs @ torch.arange(5.0) + torch.randn(203))
+
+
+class Run:
+    """A model, what trains it, and what a step does with this process's share of a batch."""
+
+    def __init__(self):
+        # Float64, since sums over ranks round otherwise than those of one process.
+        self.model = torch.nn.Linear(5, 1, dtype=torch.float64)
+        torch.nn.init.zeros_(self.model.weight)
+        torch.nn.init.zeros_(self.model.bias)
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.15)
+        sizes = cabs.BatchSizes.range(6, 60)
+        self.controller = cabs.Controller(6, sizes=sizes, loss_floor=0.45)
+
+    def step(self, m, inputs, outputs):
+        losses = 0.5 * (self.model(inputs.double()).squeeze(1) - outputs).square()
+        self.optimizer.zero_grad()
+        partial = cabs_torch.backward(losses, batch_size=m).partial
+        sums = torch.stack([partial.group_square_sum, losses.detach().sum()])
+        if dist.is_initialized():
+            dist.all_reduce(sums)
+            for parameter in self.model.parameters():
+                dist.all_reduce(parameter.grad)
+        statistics = cabs.PartialStatistics(m, m, sums[0]).complete(
+            mean_square=cabs_torch.mean_square(self.model.parameters())
+        )
+        self.optimizer.step()
+        return self.controller.update(
+            learning_rate=0.15, variance_trace=statistics.variance_trace, loss=sums[1] / m
+        ).batch_size
+
+    def weights(self):
+        return torch.cat([one.detach().flatten() for one in self.model.parameters()])
+
+
+def in_one_of(rank, ranks, folder, lag):
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=ranks
+    )
+    run, seen = Run(), []
+    loader = cabs_torch.loader(dataset(), run.controller, lag=lag, num_workers=min(lag, 1), seed=3)
+    with loader:
+        while loader.epoch < 3:
+            for indices, inputs, outputs in loader:
+                decided = run.step(loader.batch.examples, inputs, outputs)
+                seen.append((loader.batch.epoch, loader.batch.examples, decided, indices))
+    torch.save((seen, run.weights()), folder / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(("ranks", "lag"), [(2, 0), (3, 1)])
+def test_ranks_that_train_together_are_one_that_trains_alone(tmp_path, ranks, lag):
+    mp.start_processes(in_one_of, (ranks, tmp_path, lag), nprocs=ranks, start_method="fork")
+    found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(ranks)]
+    alone, sizes, drawn = Run(), set(), {}
+    for shares in zip(*(seen for seen, _ in found), strict=True):
+        # The same step in all of them, and of all examples in this process.
+        ((epoch, m, decided),) = {share[:3] for share in shares}
+        indices = torch.cat([share[3] for share in shares])
+        assert len(indices) == m
+        assert alone.step(m, *dataset()[indices][1:]) == decided
+        sizes.add(m)
+        drawn.setdefault(epoch, []).extend(indices.tolist())
+    assert len(sizes) > 3
+    assert [sorted(drawn[epoch]) for epoch in range(3)] == [list(range(203))] * 3
+    for _, weights in found:
+        assert torch.equal(weights, found[0][1])
+        torch.testing.assert_close(weights, alone.weights(), rtol=1e-9, atol=0)
