@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from types import TracebackType
 from typing import Any, Generic, NamedTuple, Protocol, Self, TypeVar, runtime_checkable
 
@@ -62,26 +63,36 @@ class Fetch(Protocol[Batch]):
     Example:
         >>> import cabs
         >>> class Squares:
-        ...     def begin(self, epoch, upcoming):
+        ...     def begin(self, epoch, upcoming, size):
         ...         self.squares = iter([index**2 for index in upcoming.tolist()])
         ...     def fetch(self, batch):
         ...         return [next(self.squares) for _ in batch.drawn]
+        ...     def end(self):
+        ...         pass
         ...     def close(self):
         ...         pass
         >>> list(Loader(Squares(), cabs.BatchSampler(6, 4, shuffle=False)))
         [[0, 1, 4, 9], [16, 25]]
     """
 
-    def begin(self, epoch: int, upcoming: npt.NDArray[Any] | None) -> None:
-        """Prepare for these indices, in this order; None for what a stream holds."""
+    def begin(self, epoch: int, upcoming: npt.NDArray[Any] | None, size: int) -> None:
+        """Prepare for these indices, in this order; None for what a stream holds.
+
+        ``size`` is what the first batch was asked to have, over all ranks. Whatever was prepared
+        before is not asked for any more.
+        """
         ...
 
     def fetch(self, batch: DrawnBatch) -> Batch:
-        """Return a batch that was drawn; never called twice at a time."""
+        """Return a batch that was drawn; in a thread, if the loader has a lag."""
+        ...
+
+    def end(self) -> None:
+        """Let go of what the next epoch does not need."""
         ...
 
     def close(self) -> None:
-        """Leave what was prepared for."""
+        """Let go of everything, since something failed, or nobody goes on."""
         ...
 
 
@@ -91,22 +102,39 @@ class _Function(Generic[Batch]):
     def __init__(self, function: Callable[[Any], Batch]) -> None:
         self._function = function
 
-    def begin(self, epoch: int, upcoming: npt.NDArray[Any] | None) -> None:
+    def begin(self, epoch: int, upcoming: npt.NDArray[Any] | None, size: int) -> None:
         pass
 
     def fetch(self, batch: DrawnBatch) -> Batch:
         return self._function(batch.drawn)
 
+    def end(self) -> None:
+        pass
+
     def close(self) -> None:
         pass
 
 
-class _Pending(NamedTuple):
+class _Place(NamedTuple):
+    """How far a loop has come. All that a loader must not lose, replaced as a whole."""
+
+    epoch: int
+    position: int
+    """How many examples of the epoch the loop was given, over all ranks."""
+    handed_out: int = 0
+    """How many batches, since the loader was made or restored."""
+    batch: DrawnBatch | None = None
+    """The last of them."""
+    asked: tuple[tuple[int, int], ...] = ()
+    """The sizes of the batches to come, with ``handed_out`` at the moment they were asked for."""
+    is_drawn: bool = False
+    """Whether these are all of the epoch."""
+
+
+class _Ready(NamedTuple):
     """A batch that was drawn and has not been handed out."""
 
     batch: DrawnBatch
-    asked_at: int
-    """How many batches had been handed out when its size was asked for."""
     made: Callable[[], Any]
     """Returns it; may wait."""
 
@@ -170,17 +198,11 @@ class Loader(Generic[Batch]):
         self._fetch = fetch if isinstance(fetch, Fetch) else _Function(fetch)
         self._sampler = sampler
         self.lag = as_integer(lag, "lag", 0)
+        self._place = _Place(sampler.epoch, sampler.position)
+        # What follows can be lost at any time, and is then made again.
+        self._ready: deque[_Ready] = deque()
         self._thread: ThreadPoolExecutor | None = None
-        self._is_begun = False
-        self._batch: DrawnBatch | None = None
-        self._handed_out = 0
-        # Where the loop stands: its epoch, and how many examples it has been given.
-        self._place = (sampler.epoch, sampler.position)
-        self._pending: deque[_Pending] = deque()
-        # Sizes that were asked for before, with the number of batches handed out then.
-        self._known: deque[tuple[int, int]] = deque()
-        # Whether the sampler has come to the end of the epoch.
-        self._is_drawn = False
+        self._begun: int | None = None
 
     @property
     def controller(self) -> Any:
@@ -190,12 +212,12 @@ class Loader(Generic[Batch]):
     @property
     def epoch(self) -> int:
         """The current epoch, counted from 0; the next one once the loop over it has ended."""
-        return self._place[0]
+        return self._place.epoch
 
     @property
     def position(self) -> int:
         """How many examples of the epoch the loop has been given, over all ranks."""
-        return self._place[1]
+        return self._place.position
 
     @property
     def batch(self) -> DrawnBatch:
@@ -204,105 +226,122 @@ class Loader(Generic[Batch]):
         Raises:
             ValueError: If there was none since the loader was made or restored.
         """
-        if self._batch is None:
+        if self._place.batch is None:
             raise ValueError("no batch has been handed out yet; read it in the loop's body")
-        return self._batch
+        return self._place.batch
 
     def __iter__(self) -> Iterator[Batch]:
         """Yield the rest of the epoch, batch by batch."""
         epoch = self.epoch
         while self.epoch == epoch:
-            self._draw_ahead()
-            if self._pending:
-                yield self._handed()
-            else:
-                self._end_epoch()
-
-    def _handed(self) -> Batch:
-        """Return the batch that is ready first, or will be."""
-        try:
-            made: Batch = self._pending[0].made()
-        except BaseException as error:
-            start, examples = self._pending[0].batch[1:3]
-            error.add_note(
-                f"cabs: the batch of {examples} examples from position {start} of epoch "
-                f"{self.epoch} could not be made; it is still the next one"
-            )
-            self._rewind()
-            raise
-        self._batch = self._pending.popleft().batch
-        self._place = (self.epoch, self._batch.start + self._batch.examples)
-        self._handed_out += 1
-        return made
-
-    def _end_epoch(self) -> None:
-        self._stop_thread()
-        self._place = (self.epoch + 1, 0)
-        self._is_begun = self._is_drawn = False
+            try:
+                self._draw_ahead()
+                if not self._ready:
+                    self._end_epoch()
+                    return
+                made: Batch = self._made()
+                after = self._after()
+            except BaseException:
+                self._abandon()
+                raise
+            # Nothing can interrupt between these two: from here on the loop has this batch.
+            self._place = after
+            yield made
 
     def _draw_ahead(self) -> None:
         """Draw until there is the next batch, and ``lag`` more."""
-        if not self._is_begun:
-            self._begin()
-        while len(self._pending) <= self.lag and (self._known or not self._is_drawn):
-            if self._known:
-                asked, asked_at = self._known[0]
-            else:
-                asked, asked_at = self._sampler.batch_size, self._handed_out
+        if self._ready and self._ready[0].batch is self._place.batch:
+            self._ready.popleft()
+        if not self._is_in_step():
+            if self._begun is not None:
+                self._abandon()
+            self._sampler.go_to(self._place.epoch, self._place.position)
+        while len(self._ready) <= self.lag:
+            epoch, _, handed_out, _, asked, is_drawn = self._place
+            number = len(self._ready)
+            if number == len(asked):
+                if is_drawn:
+                    break
+                asked = (*asked, (self._sampler.batch_size, handed_out))
+            size, asked_at = asked[number]
+            if self._begun is None:
+                self._fetch.begin(epoch, self._sampler.upcoming(), size)
+                self._begun = epoch
             start = self._sampler.position
-            try:
-                drawn = self._sampler.draw(asked)
-            except BaseException:
-                self._rewind()
-                raise
+            drawn = self._sampler.draw(size)
             if drawn is None:
-                self._is_drawn = True
-                self._known.clear()
-                return
-            batch = DrawnBatch(
-                self.epoch,
-                start,
-                self._sampler.position - start,
-                asked,
-                self._handed_out + len(self._pending) - asked_at,
-                drawn,
-            )
-            self._pending.append(_Pending(batch, asked_at, self._made(batch)))
-            if self._known:
-                self._known.popleft()
+                self._place = self._place._replace(asked=asked[:number], is_drawn=True)
+                break
+            examples = self._sampler.position - start
+            lag = handed_out + number - asked_at
+            batch = DrawnBatch(epoch, start, examples, size, lag, drawn)
+            self._ready.append(_Ready(batch, self._making(batch)))
+            self._place = self._place._replace(asked=asked)
 
-    def _made(self, batch: DrawnBatch) -> Callable[[], Any]:
+    def _is_in_step(self) -> bool:
+        """Return whether what is ready is what comes next, and the sampler is where it ends."""
+        batches = [ready.batch for ready in self._ready]
+        first, *others = (*(batch.start for batch in batches), self._sampler.position)
+        ends = [batch.start + batch.examples for batch in batches]
+        return (
+            self._begun == self._sampler.epoch == self._place.epoch
+            and first == self._place.position
+            and others == ends
+            and len(batches) <= len(self._place.asked)
+        )
+
+    def _making(self, batch: DrawnBatch) -> Callable[[], Any]:
         """Return a function that returns the batch; with a lag, a thread begins to make it."""
         if self.lag == 0:
-            return lambda: self._fetch.fetch(batch)
+            return partial(self._fetch.fetch, batch)
         if self._thread is None:
             self._thread = ThreadPoolExecutor(1, thread_name_prefix="cabs-loader")
         future: Future[Any] = self._thread.submit(self._fetch.fetch, batch)
         return future.result
 
-    def _begin(self) -> None:
-        self._sampler.go_to(*self._place)
-        self._fetch.begin(self.epoch, self._sampler.upcoming())
-        self._is_begun = True
+    def _made(self) -> Any:
+        """Return the next batch, made."""
+        try:
+            return self._ready[0].made()
+        except BaseException as error:
+            batch = self._ready[0].batch
+            error.add_note(
+                f"cabs: the batch of {batch.examples} examples from position {batch.start} of "
+                f"epoch {batch.epoch} could not be made; it is still the next one"
+            )
+            raise
+
+    def _after(self) -> _Place:
+        """Return where the loop is when it has been given the next batch."""
+        epoch, _, handed_out, _, asked, is_drawn = self._place
+        batch = self._ready[0].batch
+        end = batch.start + batch.examples
+        return _Place(epoch, end, handed_out + 1, batch, asked[1:], is_drawn)
+
+    def _end_epoch(self) -> None:
+        self._place = self._place._replace(
+            epoch=self.epoch + 1, position=0, asked=(), is_drawn=False
+        )
+        self._begun = None
+        self._stop_thread()
+        self._fetch.end()
 
     def _stop_thread(self) -> None:
-        if self._thread is not None:
-            self._thread.shutdown(wait=True, cancel_futures=True)
-            self._thread = None
+        thread, self._thread = self._thread, None
+        if thread is not None:
+            thread.shutdown(wait=True, cancel_futures=True)
 
-    def _rewind(self) -> None:
-        """Forget the batches that are ready, but not the sizes that were asked for."""
-        sizes = [(pending.batch.asked, pending.asked_at) for pending in self._pending]
-        self._known.extendleft(reversed(sizes))
-        self._pending.clear()
+    def _abandon(self) -> None:
+        """Forget all that can be made again."""
+        self._ready = deque()
+        self._begun = None
         self._stop_thread()
-        self._is_begun = False
         self._fetch.close()
-        self._sampler.go_to(*self._place)
 
     def close(self) -> None:
         """Let go of threads, workers and streams; the next loop goes on where the last one was."""
-        self._rewind()
+        self._abandon()
+        self._sampler.go_to(self._place.epoch, self._place.position)
 
     def __enter__(self) -> Self:
         return self
@@ -329,16 +368,15 @@ class Loader(Generic[Batch]):
             >>> [batch.tolist() for batch in resumed]
             [[4, 5, 6, 7], [8, 9]]
         """
-        pending = [(pending.batch.asked, pending.asked_at) for pending in self._pending]
+        epoch, position, handed_out, _, asked, is_drawn = self._place
         return {
             "format": _FORMAT,
             "version": _VERSION,
-            "sampler": self._sampler.state_at(*self._place),
+            "sampler": self._sampler.state_at(epoch, position),
+            "world_size": self._sampler.world_size,
             "controller": self._controller_state(),
-            "sizes": [
-                [asked, self._handed_out - asked_at] for asked, asked_at in [*pending, *self._known]
-            ],
-            "is_drawn": self._is_drawn,
+            "sizes": [[size, handed_out - asked_at] for size, asked_at in asked],
+            "is_drawn": is_drawn,
         }
 
     def _controller_state(self) -> dict[str, Any] | None:
@@ -348,7 +386,8 @@ class Loader(Generic[Batch]):
     def load_state_dict(self, state_dict: Any, *, changed_settings: bool = False) -> None:
         """Go on from a state that :meth:`state_dict` returned, the controller included.
 
-        Lag, workers, ranks and what limits memory may be others than before.
+        Lag, workers, ranks and what limits memory may be others than before. With another number of
+        ranks the sizes that were asked for ahead are asked for anew.
 
         Args:
             state_dict: The state.
@@ -363,9 +402,14 @@ class Loader(Generic[Batch]):
         check_mark(state_dict, "this", "state of a loader", _FORMAT, _VERSION)
         if set(state_dict) != set(self.state_dict()):
             raise ValueError(f"this state is not whole: it holds {sorted(state_dict, key=str)}")
-        sizes, is_drawn = state_dict["sizes"], state_dict["is_drawn"]
-        if type(is_drawn) is not bool or not _are_sizes(sizes):
-            raise ValueError(f"this state is damaged: sizes = {sizes!r}, is_drawn = {is_drawn!r}")
+        sizes, is_drawn, world_size = (
+            state_dict[name] for name in ("sizes", "is_drawn", "world_size")
+        )
+        if type(is_drawn) is not bool or type(world_size) is not int or not _are_sizes(sizes):
+            raise ValueError(
+                f"this state is damaged: sizes = {sizes!r}, is_drawn = {is_drawn!r}, "
+                f"world_size = {world_size!r}"
+            )
         controller, before = state_dict["controller"], self._controller_state()
         if (controller is None) != (before is None):
             raise ValueError(
@@ -373,7 +417,7 @@ class Loader(Generic[Batch]):
                 f"{'without' if controller is None else 'with'} a controller, and this loader has "
                 f"{'none' if before is None else 'one'}; build it as it was"
             )
-        place = self._sampler.epoch, self._sampler.position
+        here = self._sampler.epoch, self._sampler.position
         self._sampler.load_state_dict(state_dict["sampler"])
         loaded = self._sampler.epoch, self._sampler.position
         try:
@@ -381,12 +425,14 @@ class Loader(Generic[Batch]):
                 options = {"changed_settings": True} if changed_settings else {}
                 self.controller.load_state_dict(controller, **options)
         finally:
-            self._sampler.go_to(*place)
-        self._place = loaded
-        self._rewind()
-        self._batch, self._handed_out = None, 0
-        self._known = deque() if changed_settings else deque((m, -waited) for m, waited in sizes)
-        self._is_drawn = is_drawn and not changed_settings
+            self._sampler.go_to(*here)
+        place = _Place(*loaded)
+        # Elsewhere these sizes may leave a rank without an example, or end the epoch otherwise.
+        if not changed_settings and world_size == self._sampler.world_size:
+            asked = tuple((size, -waited) for size, waited in sizes)
+            place = place._replace(asked=asked, is_drawn=is_drawn)
+        self._place = place
+        self.close()
 
     def __repr__(self) -> str:
         return f"Loader({self._sampler!r}, lag={self.lag})"

@@ -1,7 +1,8 @@
 """Batches of tensors, made ready while a step runs, of the size that the controller asks for.
 
 Guarantees: those of :class:`cabs.Loader`; ``tf.data`` reads examples ahead, not batches. Refuses
-datasets that are batched already, and those whose examples come in another order at every pass.
+datasets that are batched already, and those that say that they shuffle anew at each pass, which
+cannot go on where they were.
 """
 
 from __future__ import annotations
@@ -101,6 +102,7 @@ class _Stream:
     def __init__(self, source: Any) -> None:
         self._of_epoch: Callable[[int], Any]
         if isinstance(source, tf.data.Dataset):
+            _check_order(source)
             self._of_epoch = lambda _: source
         else:
             self._of_epoch = source
@@ -121,3 +123,15 @@ class _Stream:
         with tf.device("CPU:0"):
             tensors = [tf.constant(array) for array in rows.arrays]
         return tf.nest.pack_sequence_as(self._spec, tensors)
+
+
+def _check_order(source: Any) -> None:
+    """Raise ValueError for a dataset with another order at each pass, as far as it says so."""
+    if getattr(source, "_reshuffle_each_iteration", False):
+        raise ValueError(
+            "source must come in the same order whenever it is read, got a dataset that is "
+            "shuffled anew at each pass; give a function of the epoch, such as "
+            "lambda epoch: examples.shuffle(1000, seed=epoch)"
+        )
+    for inner in source._inputs():
+        _check_order(inner)

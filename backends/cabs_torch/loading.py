@@ -17,7 +17,14 @@ from torch.utils.data import IterableDataset
 from cabs import BatchSampler, Loader, StreamSampler
 from cabs.epochs import HasBatchSize
 from cabs.scalars import as_bool, as_integer
-from cabs_torch.reading import Collate, ReadByWorkers, ReadHere, Stream
+from cabs_torch.reading import (
+    Collate,
+    ReadByWorkers,
+    ReadHere,
+    Reading,
+    Stream,
+    data_loader,
+)
 from cabs_torch.workers import ChunkReader, Initialize
 
 
@@ -106,6 +113,9 @@ def loader(
             "with a lag and no workers a thread reads the dataset, whose random numbers would be "
             "training's; use num_workers=1 or more, or reseed=False for a dataset that draws none"
         )
+    for name, function in (("collate_fn", collate_fn), ("worker_init_fn", worker_init_fn)):
+        if function is not None and not callable(function):
+            raise TypeError(f"{name} must be a function, got {name} = {function!r}")
     rank, world_size = _place_among_ranks(rank, world_size)
     options = {
         "num_workers": num_workers,
@@ -130,15 +140,17 @@ def loader(
             )
         stream = Stream(dataset, examples_seed, options)
         cut = StreamSampler.of_blocks(stream, controller, order=stream.order, **shares)
-        return Loader(collate, cut, lag=lag)
+        return Loader(Reading(collate), cut, lag=lag)
     if not len(dataset):
         raise ValueError("dataset must hold at least one example, got an empty one")
     sampler = BatchSampler(
         len(dataset), controller, shuffle=True if shuffle is None else shuffle, seed=seed, **shares
     )
     reader = ChunkReader(dataset, examples_seed)
+    # Says at once what it does not take.
+    data_loader(reader, examples_seed, 0, {**options, "sampler": ()})
     if num_workers:
-        return Loader(ReadByWorkers(reader, sampler, collate, options), sampler, lag=lag)
+        return Loader(ReadByWorkers(reader, collate, world_size, options), sampler, lag=lag)
     return Loader(ReadHere(reader, collate), sampler, lag=lag)
 
 

@@ -1,13 +1,15 @@
 """Examples packed for the way from a worker, and unpacked again.
 
 Guarantees: what is unpacked equals what was packed, in type, shape and dtype, whatever nest of
-whatever objects an example is; all tensors of many examples travel as one. Knows nothing of
-collating.
+whatever objects an example is, or there was an error; all tensors of many examples travel as one,
+and lie one behind the other. Knows nothing of collating.
 """
 
 from __future__ import annotations
 
+import io
 import math
+import pickle
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -17,6 +19,8 @@ import torch
 # Arrays of other kinds have no tensor that holds the same.
 _ARRAYS = frozenset("?bBhilqefdFD")
 
+
+_NOTHING = torch.empty(0, dtype=torch.uint8)
 
 # Where a tensor may begin in memory, in bytes, whatever its dtype is.
 _ALIGNMENT = 64
@@ -39,8 +43,8 @@ class Packed(NamedTuple):
     length: int
     nest: Any
     """How each is nested, see :func:`_flatten`; False if they differ, and travel as they are."""
-    columns: list[Any]
-    """A :class:`Column`, or the list of what the examples have at one place."""
+    columns: list[Column | bytes]
+    """What the examples have at each place; pickled, where it is no tensor or array."""
     memory: torch.Tensor
     """What the columns lie in: bytes, one after the other. What is shared costs by the piece."""
 
@@ -50,21 +54,23 @@ def pack(examples: list[Any], *, shared: bool = False) -> Packed:
     flat: list[list[Any]] = [[] for _ in examples]
     nests = [_flatten(example, leaves) for example, leaves in zip(examples, flat, strict=True)]
     if not nests or nests.count(nests[0]) != len(nests):
-        return Packed(len(examples), False, [examples], torch.empty(0, dtype=torch.uint8))
-    columns: list[Any] = [list(column) for column in zip(*flat, strict=True)]
+        return Packed(len(examples), False, [_pickled(examples)], _NOTHING)
+    columns: list[Column | bytes] = []
     tensors: list[tuple[Column, list[torch.Tensor]]] = []
     end = 0
-    for place, leaves in enumerate(columns):
+    for leaves in map(list, zip(*flat, strict=True)):
         as_tensors = _tensors(leaves)
         if as_tensors is None:
+            columns.append(_pickled(leaves))
             continue
         shapes = [tuple(one.shape) for one in as_tensors]
         size = sum(one.numel() for one in as_tensors) * as_tensors[0].element_size()
         if shapes.count(shapes[0]) == len(shapes):
             shapes = shapes[:1]
         is_array = type(leaves[0]) is np.ndarray
-        columns[place] = Column(end, as_tensors[0].dtype, shapes, is_array)
-        tensors.append((columns[place], as_tensors))
+        column = Column(end, as_tensors[0].dtype, shapes, is_array)
+        columns.append(column)
+        tensors.append((column, as_tensors))
         end += -(-size // _ALIGNMENT) * _ALIGNMENT
     memory = torch.empty(0, dtype=torch.uint8)
     if shared:
@@ -80,12 +86,39 @@ def pack(examples: list[Any], *, shared: bool = False) -> Packed:
     return Packed(len(examples), nests[0], columns, memory)
 
 
+def _pickled(objects: list[Any]) -> bytes:
+    # Here, where an error can be told of: what multiprocessing pickles for itself is lost if it
+    # fails, and the loop waits for ever.
+    file = io.BytesIO()
+    _ByValue(file, pickle.HIGHEST_PROTOCOL).dump(objects)
+    return file.getvalue()
+
+
+class _ByValue(pickle.Pickler):
+    """Pickles tensors inside of other objects by what they hold.
+
+    In shared memory each would need a file descriptor, of which there are few.
+    """
+
+    def reducer_override(self, value: Any) -> Any:
+        if type(value) is not torch.Tensor or not _is_plain(value):
+            return NotImplemented
+        held = value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        return _tensor, (held, value.dtype, tuple(value.shape))
+
+
+def _tensor(held: bytes, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
+    if not held:
+        return torch.empty(shape, dtype=dtype)
+    return torch.frombuffer(bytearray(held), dtype=dtype).view(shape)
+
+
 def _flatten(example: Any, leaves: list[Any]) -> Any:
     """Add an example's leaves to a list; return its nest: type, keys, nests; None for a leaf."""
     kind = type(example)
     if kind is dict:
         values = example.values()
-    elif kind is list or kind is tuple or (isinstance(example, tuple) and _is_named(kind)):
+    elif kind is list or kind is tuple or _is_named_tuple(example):
         values = example
     else:
         leaves.append(example)
@@ -94,9 +127,12 @@ def _flatten(example: Any, leaves: list[Any]) -> Any:
     return kind, keys, tuple([_flatten(value, leaves) for value in values])
 
 
-def _is_named(kind: Any) -> bool:
+def _is_named_tuple(example: Any) -> bool:
     # As collections.namedtuple and typing.NamedTuple make them, without anything of their own.
-    return kind.__bases__ == (tuple,) and hasattr(kind, "_fields")
+    kind = type(example)
+    return (
+        kind.__bases__ == (tuple,) and hasattr(kind, "_make") and not hasattr(example, "__dict__")
+    )
 
 
 def _nested(nest: Any, leaves: Iterator[Any]) -> Any:
@@ -152,16 +188,16 @@ def _is_plain(tensor: torch.Tensor) -> bool:
 def unpack(packed: Packed) -> list[Any]:
     """Return the examples; their tensors share the memory in which they came."""
     if packed.nest is False:
-        (examples,) = packed.columns
-        return list(examples)
+        return _unpacked(packed.columns[0], packed.length, packed.memory)
     columns = [iter(_unpacked(column, packed.length, packed.memory)) for column in packed.columns]
     # Columns are in the order of the leaves: one from each makes an example.
     return [_nested(packed.nest, map(next, iter(columns))) for _ in range(packed.length)]
 
 
 def _unpacked(column: Any, length: int, memory: torch.Tensor) -> list[Any]:
-    if not isinstance(column, Column):
-        return list(column)
+    if isinstance(column, bytes):
+        leaves: list[Any] = pickle.loads(column)
+        return leaves
     whole = _whole(column, length, memory)
     if len(column.shapes) == 1:
         tensors = list(whole.unbind())

@@ -26,8 +26,9 @@ _STEP, _FIRST, _SECOND = (
 def seeds_of(seed: int, epoch: int, places: npt.ArrayLike) -> list[int]:
     """Return 63 random bits for each place in an epoch, the same on every machine."""
     mixed = np.zeros(1, dtype=np.uint64)
+    words = [seed >> shift & (2**64 - 1) for shift in range(0, max(seed.bit_length(), 1), 64)]
     # One after the other: places and epochs that are only added up would meet.
-    for word in (seed & (2**64 - 1), seed >> 64, epoch):
+    for word in (*words, len(words), epoch):
         mixed = _mixed(mixed ^ np.uint64(word))
     numbers: list[int] = (_mixed(mixed ^ np.array(places, np.uint64)) >> np.uint64(1)).tolist()
     return numbers

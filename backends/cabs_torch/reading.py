@@ -7,7 +7,7 @@ the workers send is what was asked for, or an error.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 from torch.utils.data import DataLoader, default_collate
 from torch.utils.data._utils.pin_memory import pin_memory as pinned
 
-from cabs import BatchSampler, DrawnBatch
+from cabs import DrawnBatch
 from cabs_torch import randomness
 from cabs_torch.packing import unpack
 from cabs_torch.workers import BlockReader, Chunk, ChunkReader, Read
@@ -33,7 +33,8 @@ def _as_it_is(read: Any) -> Any:
     return read
 
 
-def _data_loader(reader: Any, seed: int | None, epoch: int, options: dict[str, Any]) -> Any:
+def data_loader(reader: Any, seed: int | None, epoch: int, options: dict[str, Any]) -> Any:
+    """Return PyTorch's own, for what is read in an epoch."""
     # Its own generator: the data loader would draw from training's.
     generator = torch.Generator()
     generator.manual_seed(randomness.seeds_of(seed or 0, epoch, [2**64 - 1])[0])
@@ -42,7 +43,7 @@ def _data_loader(reader: Any, seed: int | None, epoch: int, options: dict[str, A
         generator=generator,
         batch_size=None,
         collate_fn=_as_it_is,
-        prefetch_factor=_REQUESTS,
+        prefetch_factor=_REQUESTS if options["num_workers"] else None,
         **options,
     )
 
@@ -55,16 +56,6 @@ class Collate:
         # What PyTorch's own does draws no random numbers.
         self._seed = None if collate_fn is None else seed
         self._is_pinned = pin_memory and torch.accelerator.is_available()
-
-    def begin(self, epoch: int, upcoming: Any) -> None:
-        """Prepare nothing."""
-
-    def fetch(self, batch: DrawnBatch) -> Any:
-        """Return a batch of a stream."""
-        return self(batch, batch.drawn)
-
-    def close(self) -> None:
-        """Leave nothing."""
 
     def __call__(self, batch: DrawnBatch, examples: list[Any]) -> Any:
         """Return the batch of these examples."""
@@ -85,101 +76,139 @@ class Collate:
         return pinned(together) if self._is_pinned else together
 
 
-class ReadHere:
+class Reading:
+    """Makes batches of what was drawn from a stream; see :class:`cabs.Fetch`."""
+
+    def __init__(self, collate: Collate) -> None:
+        self._collate = collate
+
+    def begin(self, epoch: int, upcoming: Any, size: int) -> None:
+        """Prepare nothing."""
+
+    def fetch(self, batch: DrawnBatch) -> Any:
+        """Return a batch of examples that are at hand."""
+        return self._collate(batch, batch.drawn)
+
+    def end(self) -> None:
+        """Let go of nothing."""
+
+    def close(self) -> None:
+        """Let go of nothing."""
+
+
+class ReadHere(Reading):
     """Reads in this process."""
 
     def __init__(self, reader: ChunkReader, collate: Collate) -> None:
+        super().__init__(collate)
         self._reader = reader
-        self._collate = collate
-
-    def begin(self, epoch: int, upcoming: Any) -> None:
-        """Prepare nothing."""
 
     def fetch(self, batch: DrawnBatch) -> Any:
         """Return the batch of these indices."""
         chunk = Chunk(batch.epoch, batch.drawn)
         if self._reader.seed is None:
-            return self._collate(batch, list(self._reader.read(chunk)))
+            return self._collate(batch, self._reader.read(chunk))
         with randomness.set_aside():
-            examples = list(self._reader.read(chunk))
+            examples = self._reader.read(chunk)
         return self._collate(batch, examples)
 
-    def close(self) -> None:
-        """Leave nothing."""
 
-
-class ReadByWorkers:
+class ReadByWorkers(Reading):
     """Reads by workers, which run ahead along the order of the epoch."""
 
     def __init__(
-        self,
-        reader: ChunkReader,
-        sampler: BatchSampler,
-        collate: Collate,
-        options: dict[str, Any],
+        self, reader: ChunkReader, collate: Collate, world_size: int, options: dict[str, Any]
     ) -> None:
+        super().__init__(collate)
         self._reader = reader
-        self._sampler = sampler
-        self._collate = collate
+        self._world_size = world_size
         self._options = options
+        self._requests = _Requests(world_size * options["num_workers"])
         self._data_loader: Any = None
-        self._arriving: Any = None
-        self._examples: deque[Any] = deque()
-        self._failure: Any = None
+        self._arrivals: _Arrivals | None = None
 
-    def begin(self, epoch: int, upcoming: Any) -> None:
+    def begin(self, epoch: int, upcoming: Any, size: int) -> None:
         """Let the workers begin with what will be asked for."""
-        self._epoch, self._upcoming = epoch, upcoming
-        self._requested, self._taken = 0, 0
-        self._examples.clear()
-        self._failure = None
         # Before the next one starts, the last iterator's workers have to end.
-        self._arriving = None
+        self._arrivals = None
+        self._requests.begin(epoch, upcoming, size)
         if self._data_loader is None or not self._options["persistent_workers"]:
-            options = {**self._options, "sampler": _Requests(self._requests)}
-            self._data_loader = _data_loader(self._reader, self._reader.seed, epoch, options)
-        self._arriving = iter(self._data_loader)
-
-    def _requests(self) -> Iterator[Chunk]:
-        """Yield what the workers are to read, in order, about two batches ahead."""
-        while self._requested < len(self._upcoming):
-            share = -(-self._sampler.batch_size // self._sampler.world_size)
-            length = max(_SMALLEST, -(-share // self._options["num_workers"]))
-            first = self._requested
-            self._requested = min(first + length, len(self._upcoming))
-            yield Chunk(self._epoch, self._upcoming[first : self._requested])
+            options = {**self._options, "sampler": self._requests}
+            self._data_loader = data_loader(self._reader, self._reader.seed, epoch, options)
+        self._arrivals = _Arrivals(iter(self._data_loader), upcoming)
 
     def fetch(self, batch: DrawnBatch) -> Any:
         """Return the batch of these indices, which must be the next."""
-        end = self._taken + len(batch.drawn)
-        if not np.array_equal(self._upcoming[self._taken : end], batch.drawn):
-            raise RuntimeError(
-                f"batches must be asked for in the order of the epoch, got {batch}; make a loader "
-                "for each loop"
-            )
-        while len(self._examples) < len(batch.drawn):
-            if self._failure is not None:
-                self._failure.reraise()
-            read: Read = next(self._arriving)
-            self._examples.extend(unpack(read.examples))
-            self._failure = read.failure
-        self._taken = end
-        return self._collate(batch, [self._examples.popleft() for _ in range(len(batch.drawn))])
+        arrivals = self._arrivals
+        assert arrivals is not None
+        self._requests.size = batch.asked
+        return self._collate(batch, arrivals.take(batch.drawn))
+
+    def end(self) -> None:
+        """Let the workers end, unless they are to live on."""
+        self._arrivals = None
+        if not self._options["persistent_workers"]:
+            self._data_loader = None
 
     def close(self) -> None:
         """Let the workers end."""
-        self._arriving = self._data_loader = self._failure = None
-        self._examples.clear()
+        self._arrivals = self._data_loader = None
 
 
 class _Requests:
-    """An iterable over what a function yields, as a data loader takes it for a sampler."""
+    """Yields what the workers of an epoch are to read, in order, about two batches ahead.
 
-    def __init__(self, function: Callable[[], Iterator[Chunk]]) -> None:
-        self._function = function
+    Holds nothing that holds the data loader, so that its workers end when nobody has it any more.
+    """
+
+    def __init__(self, shares: int) -> None:
+        self._shares = shares
+        self.size = 1
+
+    def begin(self, epoch: int, upcoming: Any, size: int) -> None:
+        """Go on with these indices, when a data loader next iterates."""
+        self._epoch, self._upcoming, self.size = epoch, upcoming, size
 
     def __iter__(self) -> Iterator[Chunk]:
-        return self._function()
+        epoch, upcoming, first = self._epoch, self._upcoming, 0
+        while first < len(upcoming):
+            # As much for each worker as all of them together need for a batch.
+            length = max(_SMALLEST, -(-self.size // self._shares))
+            yield Chunk(epoch, upcoming[first : first + length])
+            first += length
+
+
+class _Arrivals:
+    """What the workers of an epoch have sent, to be taken in order."""
+
+    def __init__(self, arriving: Iterator[Read], upcoming: Any) -> None:
+        self._arriving = arriving
+        self._upcoming = upcoming
+        self._taken = 0
+        self._examples: deque[Any] = deque()
+        self._failure: Any = None
+
+    def take(self, indices: Any) -> list[Any]:
+        """Return the next examples, which must be those of these indices."""
+        end = self._taken + len(indices)
+        if not np.array_equal(self._upcoming[self._taken : end], indices):
+            raise RuntimeError(
+                f"examples must be asked for in the order of the epoch, got {indices}; make a "
+                "loader for each loop"
+            )
+        while len(self._examples) < len(indices):
+            if self._failure is not None:
+                self._failure.reraise()
+            read = next(self._arriving, None)
+            if read is None:
+                raise RuntimeError(
+                    f"the workers have sent {self._taken + len(self._examples)} examples in place "
+                    f"of {len(self._upcoming)}; iterate over the loader again"
+                )
+            self._examples.extend(unpack(read.examples))
+            self._failure = read.failure
+        self._taken = end
+        return [self._examples.popleft() for _ in range(len(indices))]
 
 
 class Stream:
@@ -190,6 +219,8 @@ class Stream:
         self._seed = seed
         self._options = options
         workers = options["num_workers"]
+        # Says at once what it does not take.
+        self._by_workers(0)
         # One worker reads in the order in which this process would.
         self.order = f"{workers} workers, {_BLOCK} at a time" if workers > 1 else ""
 
@@ -204,10 +235,7 @@ class Stream:
 
     def _by_workers(self, epoch: int) -> Iterator[list[Any]]:
         reader = BlockReader(self._dataset, self._seed, epoch, _BLOCK)
-        for read in _data_loader(reader, self._seed, epoch, self._options):
-            yield unpack(read.examples)
-            if read.failure is not None:
-                read.failure.reraise()
+        return _blocks(data_loader(reader, self._seed, epoch, self._options))
 
     def _here(self, epoch: int) -> Iterator[list[Any]]:
         if self._seed is None:
@@ -235,3 +263,11 @@ class Stream:
             if failure is None and len(block) < _BLOCK:
                 return
         raise failure
+
+
+def _blocks(reads: Iterable[Read]) -> Iterator[list[Any]]:
+    """Yield the examples that were read, and raise where one could not be."""
+    for read in reads:
+        yield unpack(read.examples)
+        if read.failure is not None:
+            read.failure.reraise()

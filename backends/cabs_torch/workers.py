@@ -7,6 +7,7 @@ asked as PyTorch's own workers would ask them.
 from __future__ import annotations
 
 import dataclasses
+import pickle
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -35,8 +36,41 @@ class Read(NamedTuple):
     """Why the example after these could not be read."""
 
 
-def _packed(examples: list[Any]) -> Packed:
-    return pack(examples, shared=torch_worker.get_worker_info() is not None)
+def sent(examples: list[Any], failure: Exception | None) -> Read:
+    """Return what was read, and why no more, as it can be sent to another process."""
+    shared = torch_worker.get_worker_info() is not None
+    try:
+        packed = pack(examples, shared=shared)
+    except Exception as error:
+        # Some example cannot be pickled: send what comes before the first of them.
+        error.add_note(
+            "cabs: an example cannot be sent by a worker; make it of tensors, arrays, numbers and "
+            "text, or use num_workers=0"
+        )
+        whole = 0
+        while whole < len(examples) and _can_be_packed(examples[whole]):
+            whole += 1
+        packed, failure = pack(examples[:whole], shared=shared), error
+    return Read(packed, None if failure is None else _wrapped(failure))
+
+
+def _can_be_packed(example: Any) -> bool:
+    try:
+        pack([example])
+    except Exception:
+        return False
+    return True
+
+
+def _wrapped(error: Exception) -> ExceptionWrapper:
+    trace = (type(error), error, error.__traceback__)
+    wrapper = ExceptionWrapper(trace, where="in a worker of the data loader")
+    try:
+        pickle.dumps(wrapper)
+    except Exception:
+        # A type that only the worker knows.
+        return ExceptionWrapper((RuntimeError, error, error.__traceback__), where=wrapper.where)
+    return wrapper
 
 
 class ChunkReader(Dataset[Read]):
@@ -53,24 +87,39 @@ class ChunkReader(Dataset[Read]):
         """Return the examples of a chunk, up to the first that cannot be read."""
         examples: list[Any] = []
         try:
-            examples.extend(self.read(chunk))
+            self._read(chunk, examples)
         except Exception as error:
-            failed = int(chunk.indices[len(examples)])
-            error.add_note(f"cabs: while reading example {failed} of the dataset")
-            return Read(_packed(examples), ExceptionWrapper(where="in a worker of the data loader"))
-        return Read(_packed(examples), None)
+            return sent(examples, error)
+        return sent(examples, None)
 
-    def read(self, chunk: Chunk) -> Iterator[Any]:
-        """Yield the examples of a chunk."""
+    def read(self, chunk: Chunk) -> list[Any]:
+        """Return the examples of a chunk."""
+        examples: list[Any] = []
+        self._read(chunk, examples)
+        return examples
+
+    def _read(self, chunk: Chunk, examples: list[Any]) -> None:
+        """Add the examples of a chunk to a list, up to the first that cannot be read."""
         indices = chunk.indices.tolist()
-        if self.seed is None:
-            together = getattr(self.dataset, "__getitems__", None)
-            yield from together(indices) if together else map(self.dataset.__getitem__, indices)
-        else:
-            seeds = seeds_of(self.seed, chunk.epoch, indices)
-            for index, seed in zip(indices, seeds, strict=True):
-                reseed(seed)
-                yield self.dataset[index]
+        together = getattr(self.dataset, "__getitems__", None)
+        if self.seed is None and together is not None:
+            found = together(indices)
+            if len(found) != len(indices):
+                raise ValueError(
+                    f"__getitems__ of {type(self.dataset).__name__} must return one example for "
+                    f"each index, got {len(found)} for {len(indices)}"
+                )
+            examples.extend(found)
+            return
+        seeds = None if self.seed is None else seeds_of(self.seed, chunk.epoch, indices)
+        for place, index in enumerate(indices):
+            if seeds is not None:
+                reseed(seeds[place])
+            try:
+                examples.append(self.dataset[index])
+            except Exception as error:
+                error.add_note(f"cabs: while reading example {index} of the dataset")
+                raise
 
 
 class BlockReader(IterableDataset[Read]):
@@ -93,14 +142,13 @@ class BlockReader(IterableDataset[Read]):
             for example in self.dataset:
                 examples.append(example)
                 if len(examples) == self.length:
-                    yield Read(_packed(examples), None)
+                    yield sent(examples, None)
                     examples = []
-        except Exception:
-            failure = ExceptionWrapper(where="in a worker of the data loader")
-            yield Read(_packed(examples), failure)
+        except Exception as error:
+            yield sent(examples, error)
             return
         if examples:
-            yield Read(_packed(examples), None)
+            yield sent(examples, None)
 
 
 class Initialize:

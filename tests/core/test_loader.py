@@ -1,9 +1,12 @@
 """The loader: sizes that change at any step, and nothing lost, repeated or left to chance."""
 
 import json
+import linecache
 import random
+import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -134,6 +137,30 @@ def test_another_lag_and_another_number_of_ranks_lose_and_repeat_nothing(
     assert sorted(drawn) == list(range(examples))
 
 
+@pytest.mark.parametrize("world_size", [1, 2, 3, 6])
+def test_what_was_drawn_ahead_by_other_ranks_is_drawn_anew(world_size):
+    def shares(world_size, state=None):
+        for rank in range(world_size):
+            source = BatchSampler(12, 5, shuffle=False, rank=rank, world_size=world_size)
+            batches = Loader(list, source, lag=2)
+            if state is not None:
+                batches.load_state_dict(state)
+            yield batches
+
+    # Four ranks end the epoch in one batch of seven, since two would leave some without any.
+    drawn, states = [], []
+    for batches in shares(4):
+        drawn += next(iter(batches))
+        states.append(batches.state_dict())
+    if world_size == 6:
+        with pytest.raises(ValueError, match="leaves some of 6 ranks without an example"):
+            list(next(shares(world_size, states[0])))
+        return
+    for batches in shares(world_size, states[0]):
+        drawn.extend(one for batch in batches for one in batch)
+    assert sorted(drawn) == list(range(12))
+
+
 @given(kinds, st.integers(2, 120), lags, seeds, st.integers(1, 25))
 def test_speed_changes_nothing(kind, examples, lag, seed, slow):
     def stumble(drawn):
@@ -174,6 +201,60 @@ def test_an_example_that_fails_for_a_while_is_neither_lost_nor_repeated(
     assert records == whole
 
 
+class Interrupt(BaseException):
+    """What Ctrl-C raises, but for the tests' own runner."""
+
+
+def epoch_of(batches):
+    return batches._place.epoch
+
+
+@pytest.mark.parametrize("lag", [0, 2])
+@pytest.mark.parametrize("kind", ["indices", "stream"])
+def test_an_interrupt_at_any_line_loses_and_repeats_nothing(kind, lag):
+    lines = 0
+
+    def interrupted(at):
+        """Raise at the at-th line that is run; return what the loop was given."""
+        nonlocal lines
+        lines, drawn = 0, {}
+        batches = loader(kind, 23, lag=lag)
+
+        def trace(frame, event, _):
+            nonlocal lines
+            if not frame.f_globals.get("__name__", "").startswith("cabs."):
+                return None
+            # A signal is not handled between a store and the yield that follows it.
+            yields = linecache.getline(frame.f_code.co_filename, frame.f_lineno).strip()
+            if event == "line" and yields != "yield made":
+                lines += 1
+                if lines == at:
+                    raise Interrupt
+            return trace
+
+        before = sys.gettrace()
+        sys.settrace(trace)
+        try:
+            while (epoch := epoch_of(batches)) < 2:
+                try:
+                    for batch in batches:
+                        drawn.setdefault(epoch, []).extend(map(int, batch))
+                except Interrupt:
+                    sys.settrace(before)
+        finally:
+            sys.settrace(before)
+            batches.close()
+        return drawn
+
+    interrupted(0)
+    for at in range(1, lines, 1 + lines // 400):
+        drawn = interrupted(at)
+        assert {epoch: sorted(one) for epoch, one in drawn.items()} == {
+            0: list(range(23)),
+            1: list(range(23)),
+        }
+
+
 def test_a_stream_that_fails_is_read_again_and_not_taken_to_have_ended():
     fails = [True]
 
@@ -188,6 +269,40 @@ def test_a_stream_that_fails_is_read_again_and_not_taken_to_have_ended():
     drawn = []
     with pytest.raises(OSError, match="the connection was reset"):
         drawn.extend(one for batch in batches for one in batch)
+    drawn.extend(one for batch in batches for one in batch)
+    assert drawn == list(range(20))
+
+
+@pytest.mark.parametrize("lag", [0, 2])
+def test_the_size_is_asked_for_once_a_batch_and_by_the_loop(lag):
+    class Schedule:
+        asked = 0
+
+        @property
+        def batch_size(self):
+            assert threading.current_thread() is threading.main_thread()
+            self.asked += 1
+            return 2 + self.asked % 3
+
+    schedule = Schedule()
+    batches = Loader(list, BatchSampler(60, schedule), lag=lag)
+    # And once more, to see that there is nothing left.
+    assert len(list(batches)) == schedule.asked - 1
+
+
+def test_an_interrupt_while_the_thread_is_waited_for_loses_nothing(monkeypatch):
+    batches = Loader(list, BatchSampler(20, 3, shuffle=False), lag=1)
+    drawn = list(next(iter(batches)))
+    shutdown = ThreadPoolExecutor.shutdown
+
+    def interrupted(thread, **options):
+        monkeypatch.undo()
+        shutdown(thread, **options)
+        raise Interrupt
+
+    monkeypatch.setattr(ThreadPoolExecutor, "shutdown", interrupted)
+    with pytest.raises(Interrupt):
+        batches.close()
     drawn.extend(one for batch in batches for one in batch)
     assert drawn == list(range(20))
 
@@ -226,11 +341,14 @@ def test_what_makes_batches_is_told_what_will_be_asked_for():
         def __init__(self):
             self.calls = []
 
-        def begin(self, epoch, upcoming):
-            self.calls.append((epoch, upcoming.tolist()))
+        def begin(self, epoch, upcoming, size):
+            self.calls.append((epoch, upcoming.tolist(), size))
 
         def fetch(self, batch):
             return batch.drawn
+
+        def end(self):
+            self.calls.append("ended")
 
         def close(self):
             self.calls.append("closed")
@@ -243,7 +361,9 @@ def test_what_makes_batches_is_told_what_will_be_asked_for():
         break
     batches.close()
     list(batches)
-    assert recorder.calls == [(0, [1, 3]), (1, [1, 3]), "closed", (1, [3])]
+    assert recorder.calls == [
+        (0, [1, 3], 2), "ended", (1, [1, 3], 2), "closed", (1, [3], 2), "ended",
+    ]  # fmt: skip
 
 
 def test_a_batch_may_be_anything_also_nothing():
@@ -285,6 +405,7 @@ def test_other_settings_are_refused_unless_they_are_wanted():
         ({"sizes": [2]}, "damaged"),
         ({"sizes": None}, "damaged"),
         ({"is_drawn": 1}, "damaged"),
+        ({"world_size": None}, "damaged"),
         ({"controller": None}, "saved without a controller"),
         ({"controller": {"format": "y"}}, "no state of a controller"),
         ({"sampler": {"format": "y"}}, "no state of a batch sampler"),

@@ -121,6 +121,7 @@ def test_a_checkpoint_of_tensorflow_holds_it(tmp_path):
         (np.arange(0), {}, "source must hold at least one example"),
         (tf.data.Dataset.range(9), {"shuffle": True}, "shuffle=True is for arrays"),
         (tf.data.Dataset.range(9).batch(3), {}, "must be a dataset of single examples"),
+        (tf.data.Dataset.range(9).shuffle(9).map(abs), {}, "shuffled anew at each pass"),
         (tf.data.Dataset.range(0), {}, "the stream of epoch 0 holds no example"),
         ((np.arange(3), np.arange(4)), {}, "must have the same|[Dd]imension"),
     ],
@@ -128,6 +129,16 @@ def test_a_checkpoint_of_tensorflow_holds_it(tmp_path):
 def test_what_does_not_fit_is_refused(source, options, message):
     with pytest.raises(ValueError, match=message):
         next(iter(cabs_tensorflow.loader(source, 2, **options)))
+
+
+def test_an_order_that_is_drawn_once_can_be_read_again():
+    examples = tf.data.Dataset.range(30).shuffle(30, seed=1, reshuffle_each_iteration=False)
+    batches = cabs_tensorflow.loader(examples, 7)
+    drawn = []
+    for batch in batches:
+        drawn += batch.numpy().tolist()
+        batches.close()
+    assert sorted(drawn) == list(range(30))
 
 
 def test_a_function_of_the_epoch_returns_a_dataset():

@@ -1,6 +1,8 @@
 """The loader in PyTorch: workers read ahead, and the batch size still follows at once."""
 
+import itertools
 import json
+import multiprocessing
 import os
 import random
 import signal
@@ -219,6 +221,110 @@ def test_a_worker_that_dies_is_an_error_and_nothing_is_lost():
         assert run(batches, 9, records=records) == whole
 
 
+class Broken(torch.utils.data.Dataset):
+    """Breaks at its sixth example."""
+
+    def __init__(self, how):
+        self.how = how
+
+    def __len__(self):
+        return 12
+
+    def __getitem__(self, index):
+        return index if index != 5 else self.how()
+
+
+def stop():
+    raise StopIteration
+
+
+def local_error():
+    class OwnError(Exception):
+        pass
+
+    raise OwnError("only the worker knows this type")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("reseed", [False, True])
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        (stop, "generator raised StopIteration"),
+        (local_error, "only the worker knows this type"),
+        (lambda: lambda: None, "Can't (get|pickle) local object"),
+    ],
+)
+def test_whatever_breaks_at_an_example_is_told_and_ends_no_epoch(how, message, workers, reseed):
+    batches = cabs_torch.loader(
+        Broken(how), 4, shuffle=False, num_workers=workers, reseed=reseed, collate_fn=list
+    )
+    with batches:
+        iterator = iter(batches)
+        assert next(iterator) == [0, 1, 2, 3]
+        if not workers and "local object" in message:
+            return
+        with pytest.raises(Exception, match=message):
+            next(iterator)
+        assert batches.position == 4
+
+
+class Record:
+    """A plain object that holds tensors."""
+
+    def __init__(self, index):
+        self.values, self.half = torch.full((2,), float(index)), torch.ones(1).bfloat16()
+
+
+def test_tensors_in_other_objects_and_beside_nothing_need_no_descriptors():
+    examples = [
+        (
+            Record(index),
+            torch.ones(2) if index % 2 else None,
+            {"a": 1, **({"b": 2} if index else {})},
+        )
+        for index in range(700)
+    ]
+    before = len(os.listdir("/proc/self/fd"))
+    batches = cabs_torch.loader(examples, 350, shuffle=False, num_workers=1, collate_fn=list)
+    with batches:
+        drawn = list(batches)
+        assert len(os.listdir("/proc/self/fd")) - before < 50
+    for index, (record, ones, _) in enumerate(itertools.chain(*drawn)):
+        assert record.values.tolist() == [index] * 2
+        assert record.half.dtype == torch.bfloat16
+        assert (ones is None) == (index % 2 == 0)
+
+
+@pytest.mark.parametrize("persistent", [False, True])
+def test_workers_end_when_nobody_needs_them(persistent):
+    def alive():
+        return len(multiprocessing.active_children())
+
+    before = alive()
+    batches = cabs_torch.loader(Augmented(20), 4, num_workers=2, persistent_workers=persistent)
+    list(batches)
+    assert alive() - before == (2 if persistent else 0)
+    next(iter(batches))
+    assert alive() - before == 2
+    del batches
+    assert alive() == before
+
+
+def test_the_size_is_asked_for_once_a_batch():
+    class Schedule:
+        asked = 0
+
+        @property
+        def batch_size(self):
+            self.asked += 1
+            return 2 + self.asked % 5
+
+    schedule = Schedule()
+    with cabs_torch.loader(Augmented(60), schedule, num_workers=2) as batches:
+        assert len(list(batches)) == schedule.asked - 1
+
+
 class Slow(torch.utils.data.Dataset):
     """Tells when each example was read."""
 
@@ -315,6 +421,13 @@ def test_a_dataset_that_reads_several_at_a_time_is_asked_so_without_reseeding():
     ]  # fmt: skip
     assert len(next(iter(cabs_torch.loader(dataset, 5)))) == 1
 
+    class TooFew(Together):
+        def __getitems__(self, indices):
+            return super().__getitems__(indices)[:-1]
+
+    with pytest.raises(ValueError, match="one example for each index, got 4 for 5"):
+        list(cabs_torch.loader(TooFew(torch.arange(10)), 5, reseed=False))
+
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
@@ -328,6 +441,8 @@ def test_a_dataset_that_reads_several_at_a_time_is_asked_so_without_reseeding():
         ),
         ({"num_workers": -1}, "num_workers must be at least 0"),
         ({"seed": -1}, "seed must be at least 0"),
+        ({"timeout": -1}, "timeout option should be non-negative"),
+        ({"persistent_workers": True}, "needs num_workers > 0"),
         ({"world_size": 2, "rank": 2}, "rank must be below world_size"),
     ],
 )
