@@ -20,6 +20,8 @@ from cabs.scalars import as_bool, as_integer
 Drawn = TypeVar("Drawn")
 
 _VERSION = 1
+# More than anybody counts, and little enough for every seed that is made of it.
+_MOST = 2**53
 
 
 class HasBatchSize(Protocol):
@@ -201,7 +203,7 @@ class EpochSampler(ABC, Generic[Drawn]):
         if different:
             raise ValueError(f"this state belongs to other batches: {', '.join(different)}")
         epoch, position = state_dict["epoch"], state_dict["position"]
-        if type(epoch) is not int or type(position) is not int or min(epoch, position) < 0:
+        if not all(type(one) is int and 0 <= one < _MOST for one in (epoch, position)):
             raise ValueError(f"this state is damaged: epoch = {epoch!r}, position = {position!r}")
         examples = self._identity().get("examples", position)
         if position > examples:

@@ -71,7 +71,8 @@ def loader(
         seed: Seed of the orders, and of the examples' random numbers, at least 0.
         drop_last: Leave out the examples at the end of an epoch that fill no whole batch.
         rank: This process's rank; that of ``torch.distributed``, where it is initialized, if left
-            out.
+            out. An ``IterableDataset`` must then be the same on all ranks, and be said to be by
+            giving both numbers.
         world_size: How many ranks there are; as for ``rank``.
         reseed: Whether to seed the global generators of Python, NumPy and PyTorch by seed, epoch
             and index before each example is read (by the epoch, in a stream), so that random
@@ -116,7 +117,8 @@ def loader(
     for name, function in (("collate_fn", collate_fn), ("worker_init_fn", worker_init_fn)):
         if function is not None and not callable(function):
             raise TypeError(f"{name} must be a function, got {name} = {function!r}")
-    rank, world_size = _place_among_ranks(rank, world_size)
+    is_stream = isinstance(dataset, IterableDataset)
+    rank, world_size = _place_among_ranks(rank, world_size, is_stream=is_stream)
     options = {
         "num_workers": num_workers,
         "timeout": timeout,
@@ -126,8 +128,8 @@ def loader(
     }
     shares: dict[str, Any] = {"drop_last": drop_last, "rank": rank, "world_size": world_size}
     examples_seed = seed if reseed else None
-    collate = Collate(collate_fn, pin_memory, None if lag else examples_seed)
-    if isinstance(dataset, IterableDataset):
+    collate = Collate(collate_fn, pin_memory, None if lag else examples_seed, rank)
+    if is_stream:
         if shuffle:
             raise ValueError(
                 "shuffle=True is for datasets with an index, got an IterableDataset, which has an "
@@ -154,9 +156,16 @@ def loader(
     return Loader(ReadHere(reader, collate), sampler, lag=lag)
 
 
-def _place_among_ranks(rank: int | None, world_size: int | None) -> tuple[int, int]:
+def _place_among_ranks(
+    rank: int | None, world_size: int | None, *, is_stream: bool
+) -> tuple[int, int]:
     distributed = torch.distributed
     is_up = distributed.is_available() and distributed.is_initialized()
+    if is_stream and is_up and distributed.get_world_size() > 1 and None in (rank, world_size):
+        raise ValueError(
+            "an IterableDataset may shard itself by rank, and would then lose examples; give rank "
+            "and world_size if it is the same stream on all ranks, each of which keeps its share"
+        )
     if rank is None:
         rank = distributed.get_rank() if is_up else 0
     if world_size is None:

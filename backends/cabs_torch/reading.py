@@ -51,7 +51,8 @@ def data_loader(reader: Any, seed: int | None, epoch: int, options: dict[str, An
 class Collate:
     """Puts examples together, with random numbers of the batch's own."""
 
-    def __init__(self, collate_fn: Any, pin_memory: bool, seed: int | None) -> None:
+    def __init__(self, collate_fn: Any, pin_memory: bool, seed: int | None, rank: int) -> None:
+        self._rank = rank
         self._collate_fn = default_collate if collate_fn is None else collate_fn
         # What PyTorch's own does draws no random numbers.
         self._seed = None if collate_fn is None else seed
@@ -69,8 +70,8 @@ class Collate:
             together = self._collate_fn(examples)
         else:
             with randomness.set_aside():
-                # Apart from the examples', whose indices are below.
-                place = 2**63 + batch.start
+                # Apart from the examples', whose indices are below, and from other ranks'.
+                place = 2**63 + batch.start + self._rank
                 randomness.reseed(randomness.seeds_of(self._seed, batch.epoch, [place])[0])
                 together = self._collate_fn(examples)
         return pinned(together) if self._is_pinned else together

@@ -284,6 +284,7 @@ def test_arguments_of_the_wrong_kind_are_refused(arguments):
         ({"position": 11}, "position = 11 of 10 examples"),
         ({"position": 2.0}, "damaged"),
         ({"epoch": -1}, "damaged"),
+        ({"epoch": 2**70}, "damaged"),
         ({"epoch": None}, "damaged"),
     ],
 )

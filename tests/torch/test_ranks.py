@@ -49,6 +49,11 @@ class Run:
         return torch.cat([one.detach().flatten() for one in self.model.parameters()])
 
 
+class Stream(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        return iter(range(7))
+
+
 def in_one_of(rank, ranks, folder, lag):
     torch.set_num_threads(1)
     dist.init_process_group(
@@ -61,6 +66,10 @@ def in_one_of(rank, ranks, folder, lag):
             for indices, inputs, outputs in loader:
                 decided = run.step(loader.batch.examples, inputs, outputs)
                 seen.append((loader.batch.epoch, loader.batch.examples, decided, indices))
+    with pytest.raises(ValueError, match="may shard itself by rank"):
+        cabs_torch.loader(Stream(), 6)
+    shared = cabs_torch.loader(Stream(), 6, rank=rank, world_size=ranks)
+    assert torch.cat(list(shared)).tolist() == list(range(7))[rank::ranks]
     torch.save((seen, run.weights()), folder / f"{rank}.pt")
     dist.destroy_process_group()
 
