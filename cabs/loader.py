@@ -392,8 +392,8 @@ class Loader(Generic[Batch]):
         Args:
             state_dict: The state.
             changed_settings: Whether the controller may have other settings than the one that was
-                saved, as :meth:`cabs.Controller.load_state_dict` describes. The sizes that were
-                asked for ahead are then asked for anew.
+                saved, as :meth:`cabs.Controller.load_state_dict` describes. If it has, the sizes
+                that were asked for ahead are asked for anew.
 
         Raises:
             ValueError: If it is no such state, is of another version, or belongs to other batches
@@ -428,7 +428,8 @@ class Loader(Generic[Batch]):
             self._sampler.go_to(*here)
         place = _Place(*loaded)
         # Elsewhere these sizes may leave a rank without an example, or end the epoch otherwise.
-        if not changed_settings and world_size == self._sampler.world_size:
+        settings = [one and one.get("configuration") for one in (controller, before)]
+        if settings[0] == settings[1] and world_size == self._sampler.world_size:
             asked = tuple((size, -waited) for size, waited in sizes)
             place = place._replace(asked=asked, is_drawn=is_drawn)
         self._place = place

@@ -115,7 +115,7 @@ class MemoryCap:
             RuntimeWarning: When the cap is lowered, from what to what.
         """
         is_meant = _as_predicate(out_of_memory)
-        examples = examples_of(batch)
+        examples, first = examples_of(batch), self._examples
         while True:
             sizes = split(examples, max_microbatch=self._examples, multiple_of=multiple_of)
             pieces = split(batch, max_microbatch=self._examples, multiple_of=multiple_of)
@@ -126,6 +126,8 @@ class MemoryCap:
                 if not is_meant(error):
                     raise
                 if largest <= max(self._minimum, multiple_of):
+                    # Something else takes up the memory, and may be gone another time.
+                    self._examples = first
                     error.add_note(
                         f"cabs.MemoryCap: microbatches of {largest} examples are not made smaller"
                     )

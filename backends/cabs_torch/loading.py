@@ -81,6 +81,8 @@ def loader(
         num_workers: How many processes read; with 0, this one does.
         collate_fn: Puts a list of examples together, in this process; PyTorch's ``default_collate``
             if left out. With a lag it should draw no random numbers, which would be training's.
+            Tensors and arrays that a worker has read are contiguous and lie in memory with those of
+            other examples: clone what is kept.
         pin_memory: Whether to copy batches into pinned memory.
         timeout: How many seconds to wait for a worker before it is an error; 0 for ever.
         worker_init_fn: Called with a worker's number when it begins.

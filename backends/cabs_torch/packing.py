@@ -20,7 +20,7 @@ import torch
 _ARRAYS = frozenset("?bBhilqefdFD")
 
 
-_NOTHING = torch.empty(0, dtype=torch.uint8)
+_NOTHING = torch.empty(0, dtype=torch.uint8, device="cpu")
 
 # Where a tensor may begin in memory, in bytes, whatever its dtype is.
 _ALIGNMENT = 64
@@ -72,7 +72,7 @@ def pack(examples: list[Any], *, shared: bool = False) -> Packed:
         columns.append(column)
         tensors.append((column, as_tensors))
         end += -(-size // _ALIGNMENT) * _ALIGNMENT
-    memory = torch.empty(0, dtype=torch.uint8)
+    memory = torch.empty(0, dtype=torch.uint8, device="cpu")
     if shared:
         memory.set_(torch.UntypedStorage._new_shared(end))
     else:
@@ -109,7 +109,7 @@ class _ByValue(pickle.Pickler):
 
 def _tensor(held: bytes, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
     if not held:
-        return torch.empty(shape, dtype=dtype)
+        return torch.empty(shape, dtype=dtype, device="cpu")
     return torch.frombuffer(bytearray(held), dtype=dtype).view(shape)
 
 

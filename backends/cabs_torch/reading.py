@@ -1,7 +1,7 @@
 """How a loader gets at examples: in this process, by workers, or out of a stream.
 
-Guarantees: an example that cannot be read raises when its batch is asked for, and no sooner; what
-the workers send is what was asked for, or an error.
+Guarantees: an example with an index that cannot be read raises when its batch is asked for, and no
+sooner; what the workers send is what was asked for, or an error.
 """
 
 from __future__ import annotations
@@ -46,6 +46,13 @@ def data_loader(reader: Any, seed: int | None, epoch: int, options: dict[str, An
         prefetch_factor=_REQUESTS if options["num_workers"] else None,
         **options,
     )
+
+
+def begun(loader: Any) -> Iterator[Any]:
+    """Return an iterator over a data loader, whose workers start."""
+    # It draws a number by our generator, which is one of the CPU, on the default device.
+    with torch.device("cpu"):
+        return iter(loader)
 
 
 class Collate:
@@ -136,7 +143,7 @@ class ReadByWorkers(Reading):
         if self._data_loader is None or not self._options["persistent_workers"]:
             options = {**self._options, "sampler": self._requests}
             self._data_loader = data_loader(self._reader, self._reader.seed, epoch, options)
-        self._arrivals = _Arrivals(iter(self._data_loader), upcoming)
+        self._arrivals = _Arrivals(begun(self._data_loader), upcoming)
 
     def fetch(self, batch: DrawnBatch) -> Any:
         """Return the batch of these indices, which must be the next."""
@@ -236,7 +243,7 @@ class Stream:
 
     def _by_workers(self, epoch: int) -> Iterator[list[Any]]:
         reader = BlockReader(self._dataset, self._seed, epoch, _BLOCK)
-        return _blocks(data_loader(reader, self._seed, epoch, self._options))
+        return _blocks(begun(data_loader(reader, self._seed, epoch, self._options)))
 
     def _here(self, epoch: int) -> Iterator[list[Any]]:
         if self._seed is None:

@@ -98,6 +98,24 @@ def test_a_new_file_has_the_permissions_that_any_new_file_has(tmp_path):
     assert (tmp_path / "checkpoint").stat().st_mode == (tmp_path / "other").stat().st_mode
 
 
+def test_a_long_name_is_no_obstacle(tmp_path):
+    path = tmp_path / ("x" * 250)
+    for content in (OLD, NEW):
+        with atomic_write(path) as file:
+            file.write(content)
+        assert path.read_bytes() == content
+
+
+def test_a_pipe_is_not_replaced_by_a_file(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with (
+        pytest.raises(ValueError, match="path must lead to a file"),
+        atomic_write(tmp_path / "pipe"),
+    ):
+        pass
+    assert (tmp_path / "pipe").is_fifo()
+
+
 def test_a_folder_that_does_not_exist_is_an_error(tmp_path):
     with pytest.raises(FileNotFoundError), atomic_write(tmp_path / "nowhere" / "x"):
         pass

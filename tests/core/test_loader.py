@@ -318,6 +318,24 @@ def test_a_loop_that_stopped_goes_on_where_it_was(lag):
     assert [batches.epoch, batches.position] == [1, 0]
 
 
+def test_a_close_waits_for_the_batch_that_is_being_made():
+    begun, ended = threading.Event(), []
+
+    def fetch(drawn):
+        if drawn[0]:
+            begun.set()
+            time.sleep(0.2)
+            ended.append(drawn[0])
+        return drawn
+
+    batches = Loader(fetch, BatchSampler(12, 3, shuffle=False), lag=2)
+    next(iter(batches))
+    assert begun.wait(10.0)
+    batches.close()
+    # The one that was begun, and not the one after it.
+    assert ended == [3]
+
+
 def test_one_batch_is_made_ahead_while_the_loop_is_busy_with_another():
     fetched = []
     with Loader(lambda drawn: fetched.append(drawn[0]) or drawn, BatchSampler(9, 3, shuffle=False),
@@ -387,6 +405,9 @@ def test_other_settings_are_refused_unless_they_are_wanted():
     with pytest.raises(ValueError, match="changed_settings=True"):
         smaller.load_state_dict(state)
     assert smaller.state_dict() == before
+    same = loader("indices", 500, lag=2)
+    same.load_state_dict(state, changed_settings=True)
+    assert same.state_dict() == state
     smaller.load_state_dict(state, changed_settings=True)
     rest = [len(batch) for batch in smaller]
     assert sum(rest) == 500 - batches.position

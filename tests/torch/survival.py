@@ -2,23 +2,25 @@
 
     python tests/torch/survival.py FOLDER --kills 30 --workers 2
 
-The run has workers, random augmentation, dropout, momentum and a batch size that changes at nearly
-every step. It appends what it did at each step to a journal, and saves a checkpoint now and then.
-SIGKILL hits at a random moment, in a step, in a save, or while workers start. Then a new process
-goes on from the checkpoint. At the end, for every step: all that any of the processes wrote about
-it (indices, batch size, decision, loss) is the same to the bit as in the run that was left alone,
-and so are the run log and the final weights; in every epoch each example was there once.
+The run has workers, random augmentation, dropout, momentum and a batch size that changes often. It
+appends what it did at each step to a journal, and saves a checkpoint now and then. SIGKILL hits at
+a random moment, and each third time in the middle of writing a checkpoint. Then a new process goes
+on from the checkpoint. At the end, for every step: all that any of the processes wrote about it
+(indices, inputs, batch size, decision, loss) is the same to the bit as in the run that was left
+alone, and so are the run log and the final weights; in every epoch each example was there once.
 """
 
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import random
 import signal
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -46,15 +48,23 @@ class Digits(torch.utils.data.Dataset):
         return index, image + 1.5 * torch.randn(16), label
 
 
-def train(folder: Path, workers: int, pause: float) -> None:
-    """Train, from the checkpoint if there is one, to the end."""
+def train(
+    folder: Path, workers: int, drop_last: bool, pause: float, dies_in_save: int | None
+) -> None:
+    """Train, from the checkpoint if there is one, to the end, or to the middle of a save."""
     torch.set_num_threads(1)
     torch.manual_seed(1)
     model = nn.Sequential(nn.Linear(16, 24), nn.ReLU(), nn.Dropout(0.2), nn.Linear(24, 10))
     optimizer = torch.optim.SGD(model.parameters(), lr=RATE, momentum=0.5)
     controller = cabs.Controller(4, sizes=cabs.BatchSizes.range(4, 64), smoothing=0.7)
-    lag = min(workers, 1)
-    loader = cabs_torch.loader(Digits(), controller, lag=lag, num_workers=workers, seed=5)
+    loader = cabs_torch.loader(
+        Digits(),
+        controller,
+        lag=0 if not workers else 2 if drop_last else 1,
+        num_workers=workers,
+        drop_last=drop_last,
+        seed=5,
+    )
     checkpoint = folder / "checkpoint.pt"
     if checkpoint.exists():
         saved = torch.load(checkpoint, weights_only=True)
@@ -63,17 +73,26 @@ def train(folder: Path, workers: int, pause: float) -> None:
         loader.load_state_dict(saved["loader"])
         torch.set_rng_state(saved["random"])
 
+    saves = 0
+
     def save() -> None:
+        nonlocal saves
+        saves += 1
+        content = io.BytesIO()
+        state = {
+            "model": model.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "loader": loader.state_dict(),
+            "random": torch.get_rng_state(),
+        }
+        torch.save(state, content)
+        half = len(content.getvalue()) // 2
         with cabs.atomic_write(checkpoint) as file:
-            state = {
-                "model": model.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "loader": loader.state_dict(),
-                "random": torch.get_rng_state(),
-            }
-            torch.save(state, file)
-            # A save takes a while, so that kills meet it.
-            time.sleep(pause)
+            file.write(content.getvalue()[:half])
+            file.flush()
+            if saves == dies_in_save:
+                os.kill(os.getpid(), signal.SIGKILL)
+            file.write(content.getvalue()[half:])
 
     journal = open(folder / "journal.jsonl", "ab", buffering=0)  # noqa: SIM115
     # A line that a kill has cut ends here.
@@ -95,6 +114,7 @@ def train(folder: Path, workers: int, pause: float) -> None:
                     "step": decision.step,
                     "epoch": loader.batch.epoch,
                     "indices": indices.tolist(),
+                    "inputs": images.double().sum(dim=1).tolist(),
                     "lag": loader.batch.lag,
                     "asked": loader.batch.asked,
                     "decided": decision.batch_size,
@@ -141,6 +161,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--kills", type=int, default=30)
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--drop-last", action="store_true")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     quiet, killed = options.folder / "quiet", options.folder / "killed"
@@ -150,12 +171,8 @@ def main() -> None:
     torch.set_num_threads(1)
     # What PyTorch imports at this moment, each process would have to.
     torch.optim.SGD(nn.Linear(1, 1).parameters())
-    assert (
-        os.waitstatus_to_exitcode(
-            os.waitpid(in_a_process(train, quiet, options.workers, 0.0), 0)[1]
-        )
-        == 0
-    )
+    number = in_a_process(train, quiet, options.workers, options.drop_last, 0.0, None)
+    assert os.waitstatus_to_exitcode(os.waitpid(number, 0)[1]) == 0
     steps = len(read_journal(quiet))
 
     moments = random.Random(options.seed)
@@ -163,8 +180,9 @@ def main() -> None:
     # Slow enough that the run outlasts its kills.
     pause = 0.6 * options.kills / steps
     while True:
-        number = in_a_process(train, killed, workers, pause)
-        if kills < options.kills:
+        in_save = moments.randint(1, 8) if kills % 3 == 2 and kills < options.kills else None
+        number = in_a_process(train, killed, workers, options.drop_last, pause, in_save)
+        if kills < options.kills and in_save is None:
             time.sleep(moments.uniform(0.02, 0.8))
             os.kill(number, signal.SIGKILL)
         status = os.waitstatus_to_exitcode(os.waitpid(number, 0)[1])
@@ -180,15 +198,27 @@ def main() -> None:
     for step, (record,) in expected.items():
         for again in found[step]:
             assert again == record, f"step {step} was {again}, and is {record} when left alone"
+    records = [record for (record,) in expected.values()]
+    inputs: dict[int, set[float]] = {}
     for epoch in range(EPOCHS):
-        seen = [i for (one,) in expected.values() if one["epoch"] == epoch for i in one["indices"]]
-        assert sorted(seen) == list(range(EXAMPLES)), f"epoch {epoch} is not whole"
+        of_epoch = [record for record in records if record["epoch"] == epoch]
+        seen = [index for record in of_epoch for index in record["indices"]]
+        whole = len(set(seen)) if options.drop_last else EXAMPLES
+        assert sorted(seen) == sorted(set(seen)), f"epoch {epoch} repeats examples"
+        assert len(seen) == whole > EXAMPLES - 64, f"epoch {epoch} is not whole"
+        for record in of_epoch:
+            for index, value in zip(record["indices"], record["inputs"], strict=True):
+                inputs.setdefault(index, set()).add(value)
+    # What would be compared in vain, if it were always the same.
+    changes = sum(one["asked"] != other["asked"] for one, other in pairwise(records))
+    assert changes > steps / 4, f"the batch size changed at {changes} of {steps} steps only"
+    assert min(map(len, inputs.values())) >= EPOCHS - 2, "augmentations are not random"
     weights = [torch.load(one / "weights.pt", weights_only=True) for one in (quiet, killed)]
     for name in weights[0]:
         assert torch.equal(weights[0][name], weights[1][name]), f"{name} differs"
     logs = [cabs.read_run(one / "run.jsonl") for one in (quiet, killed)]
     assert logs[0].decisions == logs[1].decisions
-    saves = len(list(killed.glob("checkpoint.pt.*")))
+    saves = len(list(killed.glob("*.partial")))
     repeated = sum(len(records) - 1 for records in found.values())
     sizes = sorted({record["asked"] for (record,) in expected.values()})
     print(
@@ -196,6 +226,8 @@ def main() -> None:
         f"{len(sizes)} batch sizes from {sizes[0]} to {sizes[-1]}; all equal to the bit"
     )
     assert kills == options.kills, f"the run ended after {kills} kills"
+    assert saves >= kills // 3, f"{saves} kills hit a save"
+    assert repeated >= kills // 2, f"{repeated} steps were made again"
 
 
 if __name__ == "__main__":

@@ -325,6 +325,13 @@ def test_tensors_in_other_objects_and_beside_nothing_need_no_descriptors():
         assert (ones is None) == (index % 2 == 0)
 
 
+def test_a_default_device_is_none_of_the_workers_business():
+    with torch.device("meta"):
+        batches = cabs_torch.loader([torch.ones(2, device="cpu")] * 6, 3, num_workers=1)
+        with batches:
+            assert [batch.tolist() for batch in batches] == [[[1.0, 1.0]] * 3] * 2
+
+
 @pytest.mark.parametrize("persistent", [False, True])
 def test_workers_end_when_nobody_needs_them(persistent):
     def alive():
@@ -496,7 +503,7 @@ leaves = st.one_of(
     st.integers(), st.text(max_size=3), st.none(), st.floats(allow_nan=False),
     st.integers(0, 3).map(lambda n: torch.arange(float(n))),
     st.integers(0, 3).map(lambda n: np.arange(n)),
-    st.integers(0, 3).map(lambda n: np.arange(n, dtype=">u2")),
+    st.integers(0, 3).map(lambda n: np.arange(n, dtype=">i4")),
     st.integers(0, 3).map(lambda n: np.array(["ab"] * n)),
     st.just(torch.tensor(True)), st.just(torch.randn(2, 3).bfloat16()),
     st.just(torch.ones(2, 2).to_sparse()), st.just(np.float32(1.5)), st.just(np.array(2.5)),
