@@ -7,7 +7,7 @@ sooner; what the workers send is what was asked for, or an error.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from itertools import islice
 from typing import Any
 
@@ -53,6 +53,17 @@ def begun(loader: Any) -> Iterator[Any]:
     # It draws a number by our generator, which is one of the CPU, on the default device.
     with torch.device("cpu"):
         return iter(loader)
+
+
+def ended(iterator: Any) -> None:
+    """Let the workers of an iterator over a data loader end, now.
+
+    They would when nobody holds the iterator any more; but an error that was caught can hold it, in
+    a cycle, and workers that are ended while garbage is collected can wait for each other.
+    """
+    shut_down = getattr(iterator, "_shutdown_workers", None)
+    if shut_down is not None:
+        shut_down()
 
 
 class Collate:
@@ -137,10 +148,10 @@ class ReadByWorkers(Reading):
 
     def begin(self, epoch: int, upcoming: Any, size: int) -> None:
         """Let the workers begin with what will be asked for."""
-        # Before the next one starts, the last iterator's workers have to end.
-        self._arrivals = None
+        if not self._options["persistent_workers"]:
+            self.close()
         self._requests.begin(epoch, upcoming, size)
-        if self._data_loader is None or not self._options["persistent_workers"]:
+        if self._data_loader is None:
             options = {**self._options, "sampler": self._requests}
             self._data_loader = data_loader(self._reader, self._reader.seed, epoch, options)
         self._arrivals = _Arrivals(begun(self._data_loader), upcoming)
@@ -154,13 +165,14 @@ class ReadByWorkers(Reading):
 
     def end(self) -> None:
         """Let the workers end, unless they are to live on."""
-        self._arrivals = None
         if not self._options["persistent_workers"]:
-            self._data_loader = None
+            self.close()
 
     def close(self) -> None:
         """Let the workers end."""
-        self._arrivals = self._data_loader = None
+        arrivals, self._arrivals, self._data_loader = self._arrivals, None, None
+        if arrivals is not None:
+            arrivals.close()
 
 
 class _Requests:
@@ -196,6 +208,10 @@ class _Arrivals:
         self._examples: deque[Any] = deque()
         self._failure: Any = None
 
+    def close(self) -> None:
+        """Let the workers end."""
+        ended(self._arriving)
+
     def take(self, indices: Any) -> list[Any]:
         """Return the next examples, which must be those of these indices."""
         end = self._taken + len(indices)
@@ -228,7 +244,7 @@ class Stream:
         self._options = options
         workers = options["num_workers"]
         # Says at once what it does not take.
-        self._by_workers(0)
+        data_loader(BlockReader(dataset, seed, 0, _BLOCK), seed, 0, options)
         # One worker reads in the order in which this process would.
         self.order = f"{workers} workers, {_BLOCK} at a time" if workers > 1 else ""
 
@@ -273,9 +289,12 @@ class Stream:
         raise failure
 
 
-def _blocks(reads: Iterable[Read]) -> Iterator[list[Any]]:
+def _blocks(reads: Iterator[Read]) -> Iterator[list[Any]]:
     """Yield the examples that were read, and raise where one could not be."""
-    for read in reads:
-        yield unpack(read.examples)
-        if read.failure is not None:
-            read.failure.reraise()
+    try:
+        for read in reads:
+            yield unpack(read.examples)
+            if read.failure is not None:
+                read.failure.reraise()
+    finally:
+        ended(reads)
