@@ -129,5 +129,5 @@ def soak(session: nox.Session) -> None:
 def bench(session: nox.Session) -> None:
     """Measure the core and the adapters; nothing else should run meanwhile."""
     install(session, "-e", ".[jax,tensorflow,torch]")
-    for benchmark in ("core", "steps_torch", "steps_jax", "steps_tensorflow"):
+    for benchmark in ("core", "loader_torch", "steps_torch", "steps_jax", "steps_tensorflow"):
         session.run("python", f"tests/benchmarks/{benchmark}.py", *session.posargs)

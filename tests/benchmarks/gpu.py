@@ -2,8 +2,8 @@
 
     python tests/benchmarks/gpu.py FOLDER
 
-Leaves torch.json and jax.json in the folder. Ends with an error if a statistic is wrong or a step
-waits for the device.
+Leaves torch.json, feeding.json and jax.json in the folder. Ends with an error if a statistic is
+wrong, a step waits for the device, or a batch is not what it should be.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-SCRIPTS = {"torch": "gpu_torch.py", "jax": "steps_jax.py"}
+SCRIPTS = {"torch": "gpu_torch.py", "feeding": "gpu_feeding.py", "jax": "steps_jax.py"}
 
 
 def main() -> int:
