@@ -127,7 +127,14 @@ def soak(session: nox.Session) -> None:
 
 @nox.session
 def bench(session: nox.Session) -> None:
-    """Measure the core and the adapters; nothing else should run meanwhile."""
-    install(session, "-e", ".[jax,tensorflow,torch]")
-    for benchmark in ("core", "loader_torch", "steps_torch", "steps_jax", "steps_tensorflow"):
+    """Measure the core, the adapters, and others beside them; nothing else should run."""
+    install(session, "-e", ".[jax,tensorflow,torch,plot]")
+    # Without what they depend on: they would replace PyTorch.
+    install(session, "--no-deps", groups=("peers",))
+    for benchmark in (
+        "core",
+        "loader_torch",
+        *(f"steps_{name}" for name in FRAMEWORKS),
+        *(f"peers_{name}" for name in FRAMEWORKS),
+    ):
         session.run("python", f"tests/benchmarks/{benchmark}.py", *session.posargs)

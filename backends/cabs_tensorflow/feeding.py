@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -169,8 +170,13 @@ def _of_dataset(controller: Any, source: Any, drop_last: bool | None) -> Any:
     )
 
     def cut() -> Iterator[Any]:
-        chunks = Chunks(source)
-        for rows in StreamSampler.of_blocks(chunks, controller, drop_last=drop_last):
+        chunks = iter(Chunks(source))
+        # An empty dataset is an empty dataset: what is wrong with that, its user knows.
+        first = next(chunks, None)
+        if first is None:
+            return
+        whole = chain([first], chunks)
+        for rows in StreamSampler.of_blocks(lambda _: whole, controller, drop_last=drop_last):
             yield tf.nest.pack_sequence_as(spec, rows.arrays)
 
     return tf.data.Dataset.from_generator(cut, output_signature=batched)
