@@ -50,7 +50,10 @@ def data_loader(reader: Any, seed: int | None, epoch: int, options: dict[str, An
 
 def begun(loader: Any) -> Iterator[Any]:
     """Return an iterator over a data loader, whose workers start."""
-    # It draws a number by our generator, which is one of the CPU, on the default device.
+    # It draws a number by our generator, which is one of the CPU, on the default device. Workers
+    # that start under a device of their own are slow at everything.
+    if torch.get_default_device().type == "cpu":
+        return iter(loader)
     with torch.device("cpu"):
         return iter(loader)
 
