@@ -12,7 +12,7 @@ from typing import Any
 
 from cabs.configuration import Configuration
 from cabs.decision import Averages, State, is_due
-from cabs.formats import check_mark
+from cabs.formats import check_mark, check_whole
 
 _FORMAT = "cabs.controller"
 _VERSION = 1
@@ -33,8 +33,7 @@ def write_state(configuration: Configuration, state: State) -> dict[str, Any]:
 def read_state(state_dict: Any) -> tuple[Configuration, State]:
     """Return what a controller's state dictionary holds; ValueError if it is none."""
     check_mark(state_dict, "this", "state of a controller", _FORMAT, _VERSION)
-    if set(state_dict) != {"format", "version", "configuration", "state"}:
-        raise ValueError(f"this state is not whole: it holds {sorted(map(str, state_dict))}")
+    check_whole(state_dict, ("format", "version", "configuration", "state"))
     configuration = Configuration.from_json(state_dict["configuration"])
     values = state_dict["state"]
     try:

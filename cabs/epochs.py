@@ -14,7 +14,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from cabs.formats import check_mark
+from cabs.formats import check_mark, check_whole
 from cabs.scalars import as_bool, as_integer
 
 Drawn = TypeVar("Drawn")
@@ -193,8 +193,7 @@ class EpochSampler(ABC, Generic[Drawn]):
                 sequence of batches; the message says how. Nothing has changed then.
         """
         check_mark(state_dict, "this", f"state of a {self._NAME}", self._format(), _VERSION)
-        if set(state_dict) != set(self.state_dict()):
-            raise ValueError(f"this state is not whole: it holds {sorted(state_dict, key=str)}")
+        check_whole(state_dict, self.state_dict())
         different = [
             f"{name} = {state_dict[name]!r} there and {value!r} here"
             for name, value in self._identity().items()

@@ -5,6 +5,7 @@ Guarantees: what bears another mark, or none, is refused with the reason.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 
@@ -20,3 +21,9 @@ def check_mark(values: Any, subject: object, kind: str, name: str, version: int)
             f"{subject} is a {kind} of version {values.get('version')!r}, expected {version}; read "
             "it with the release of cabs that wrote it"
         )
+
+
+def check_whole(state: dict[str, Any], names: Iterable[str]) -> None:
+    """Raise ValueError unless a state holds values of these names, and no others."""
+    if set(state) != set(names):
+        raise ValueError(f"this state is not whole: it holds {sorted(map(str, state))}")

@@ -12,13 +12,12 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
-from types import TracebackType
 from typing import Any, Generic, NamedTuple, Protocol, Self, TypeVar, runtime_checkable
 
 import numpy.typing as npt
 
 from cabs.epochs import EpochSampler
-from cabs.formats import check_mark
+from cabs.formats import check_mark, check_whole
 from cabs.scalars import as_integer
 
 _FORMAT = "cabs.loader"
@@ -58,30 +57,32 @@ class DrawnBatch(NamedTuple):
 class Fetch(Protocol[Batch]):
     """What makes batches for a loader, where a function would not do.
 
-    It is told what will be asked for, and is asked for all of it, in order.
+    It is told what will be asked for, and is asked for all of it, in order. Derived from, it does
+    nothing but what is written anew.
 
     Example:
         >>> import cabs
-        >>> class Squares:
+        >>> class Squares(Fetch[list[int]]):
         ...     def begin(self, epoch, upcoming, size):
         ...         self.squares = iter([index**2 for index in upcoming.tolist()])
         ...     def fetch(self, batch):
         ...         return [next(self.squares) for _ in batch.drawn]
-        ...     def end(self):
-        ...         pass
-        ...     def close(self):
-        ...         pass
         >>> list(Loader(Squares(), cabs.BatchSampler(6, 4, shuffle=False)))
         [[0, 1, 4, 9], [16, 25]]
     """
 
-    def begin(self, epoch: int, upcoming: npt.NDArray[Any] | None, size: int) -> None:
+    def begin(
+        self,
+        epoch: int,  # noqa: ARG002
+        upcoming: npt.NDArray[Any] | None,  # noqa: ARG002
+        size: int,  # noqa: ARG002
+    ) -> None:
         """Prepare for these indices, in this order; None for what a stream holds.
 
         ``size`` is what the first batch was asked to have, over all ranks. Whatever was prepared
         before is not asked for any more.
         """
-        ...
+        return
 
     def fetch(self, batch: DrawnBatch) -> Batch:
         """Return a batch that was drawn; in a thread, if the loader has a lag."""
@@ -89,30 +90,21 @@ class Fetch(Protocol[Batch]):
 
     def end(self) -> None:
         """Let go of what the next epoch does not need."""
-        ...
+        return
 
     def close(self) -> None:
         """Let go of everything, since something failed, or nobody goes on."""
-        ...
+        return
 
 
-class _Function(Generic[Batch]):
+class _Function(Fetch[Batch]):
     """A plain function that makes batches, which needs no preparation."""
 
     def __init__(self, function: Callable[[Any], Batch]) -> None:
         self._function = function
 
-    def begin(self, epoch: int, upcoming: npt.NDArray[Any] | None, size: int) -> None:
-        pass
-
     def fetch(self, batch: DrawnBatch) -> Batch:
         return self._function(batch.drawn)
-
-    def end(self) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
 
 
 class _Place(NamedTuple):
@@ -346,12 +338,7 @@ class Loader(Generic[Batch]):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def state_dict(self) -> dict[str, Any]:
@@ -369,19 +356,16 @@ class Loader(Generic[Batch]):
             [[4, 5, 6, 7], [8, 9]]
         """
         epoch, position, handed_out, _, asked, is_drawn = self._place
+        state_of_controller = getattr(self.controller, "state_dict", None)
         return {
             "format": _FORMAT,
             "version": _VERSION,
             "sampler": self._sampler.state_at(epoch, position),
             "world_size": self._sampler.world_size,
-            "controller": self._controller_state(),
+            "controller": None if state_of_controller is None else state_of_controller(),
             "sizes": [[size, handed_out - asked_at] for size, asked_at in asked],
             "is_drawn": is_drawn,
         }
-
-    def _controller_state(self) -> dict[str, Any] | None:
-        state_dict = getattr(self.controller, "state_dict", None)
-        return None if state_dict is None else state_dict()
 
     def load_state_dict(self, state_dict: Any, *, changed_settings: bool = False) -> None:
         """Go on from a state that :meth:`state_dict` returned, the controller included.
@@ -400,8 +384,8 @@ class Loader(Generic[Batch]):
                 or a controller with other settings. Nothing has changed then.
         """
         check_mark(state_dict, "this", "state of a loader", _FORMAT, _VERSION)
-        if set(state_dict) != set(self.state_dict()):
-            raise ValueError(f"this state is not whole: it holds {sorted(state_dict, key=str)}")
+        here = self.state_dict()
+        check_whole(state_dict, here)
         sizes, is_drawn, world_size = (
             state_dict[name] for name in ("sizes", "is_drawn", "world_size")
         )
@@ -410,14 +394,14 @@ class Loader(Generic[Batch]):
                 f"this state is damaged: sizes = {sizes!r}, is_drawn = {is_drawn!r}, "
                 f"world_size = {world_size!r}"
             )
-        controller, before = state_dict["controller"], self._controller_state()
+        controller, before = state_dict["controller"], here["controller"]
         if (controller is None) != (before is None):
             raise ValueError(
                 "this state was saved "
                 f"{'without' if controller is None else 'with'} a controller, and this loader has "
                 f"{'none' if before is None else 'one'}; build it as it was"
             )
-        here = self._sampler.epoch, self._sampler.position
+        at = self._sampler.epoch, self._sampler.position
         self._sampler.load_state_dict(state_dict["sampler"])
         loaded = self._sampler.epoch, self._sampler.position
         try:
@@ -425,7 +409,7 @@ class Loader(Generic[Batch]):
                 options = {"changed_settings": True} if changed_settings else {}
                 self.controller.load_state_dict(controller, **options)
         finally:
-            self._sampler.go_to(*here)
+            self._sampler.go_to(*at)
         place = _Place(*loaded)
         # Elsewhere these sizes may leave a rank without an example, or end the epoch otherwise.
         settings = [one and one.get("configuration") for one in (controller, before)]

@@ -81,7 +81,7 @@ def dataset(
     prefetch = as_integer(prefetch, "prefetch", 0)
     if isinstance(controller, (int, np.integer)):
         controller = as_integer(controller, "controller", 1)
-    elif not hasattr(controller, "batch_size") and not isinstance(controller, BatchSampler):
+    elif not hasattr(controller, "batch_size"):
         raise TypeError(
             "controller must be a cabs.Controller, an integer, or a cabs.BatchSampler, got "
             f"{controller!r}"

@@ -16,7 +16,7 @@ import torch
 from torch.utils.data import DataLoader, default_collate
 from torch.utils.data._utils.pin_memory import pin_memory as pinned
 
-from cabs import DrawnBatch
+from cabs import DrawnBatch, Fetch
 from cabs_torch import randomness
 from cabs_torch.packing import unpack
 from cabs_torch.workers import BlockReader, Chunk, ChunkReader, Read
@@ -98,24 +98,15 @@ class Collate:
         return pinned(together) if self._is_pinned else together
 
 
-class Reading:
-    """Makes batches of what was drawn from a stream; see :class:`cabs.Fetch`."""
+class Reading(Fetch[Any]):
+    """Makes batches of what was drawn from a stream."""
 
     def __init__(self, collate: Collate) -> None:
         self._collate = collate
 
-    def begin(self, epoch: int, upcoming: Any, size: int) -> None:
-        """Prepare nothing."""
-
     def fetch(self, batch: DrawnBatch) -> Any:
         """Return a batch of examples that are at hand."""
         return self._collate(batch, batch.drawn)
-
-    def end(self) -> None:
-        """Let go of nothing."""
-
-    def close(self) -> None:
-        """Let go of nothing."""
 
 
 class ReadHere(Reading):
@@ -143,7 +134,6 @@ class ReadByWorkers(Reading):
     ) -> None:
         super().__init__(collate)
         self._reader = reader
-        self._world_size = world_size
         self._options = options
         self._requests = _Requests(world_size * options["num_workers"])
         self._data_loader: Any = None

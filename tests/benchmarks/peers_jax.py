@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from networks_jax import NETWORKS, Network
-from rounds import describe, measure, options, quartiles, write
+from rounds import compare, describe, in_words, options, write
 from steps_jax import Step, full, plain, run
 
 PAIRS = 7
@@ -94,12 +94,9 @@ def main() -> None:
         for label, step in jitted.items():
             # Each beside the plain step alone: what others leave in memory would count for it.
             pair = (partial(run, one, parameters, batch) for one in (plain_step, step))
-            base, taken = measure(PAIRS, *pair)
-            ratio = quartiles([b / a for a, b in zip(base, taken, strict=True)])
+            ratio = compare(PAIRS, *pair)
             rows[label] = {"on : off": ratio}
-            print(
-                f"  {label}: {ratio['median']:.2f} ({ratio['lower']:.2f} to {ratio['upper']:.2f})"
-            )
+            print(f"  {label}: {in_words(ratio)}")
         result[name] = rows
     write(chosen, result)
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import tensorflow as tf
 from networks_tensorflow import NETWORKS, Batch, batch
-from rounds import describe, measure, options, quartiles, write
+from rounds import compare, describe, options, write
 from steps_tensorflow import Step, full, plain
 
 PAIRS = 5
@@ -107,8 +107,7 @@ def row(name: str, label: str) -> dict[str, float]:
         found = float(steps[1]()[0])
         if abs(found / expected - 1.0) > 1e-3:
             raise ValueError(f"it gives {found}, expected {expected}")
-    base, taken = measure(PAIRS, *steps)
-    return quartiles([b / a for a, b in zip(base, taken, strict=True)])
+    return compare(PAIRS, *steps)
 
 
 def in_a_process(name: str, label: str) -> dict[str, object]:

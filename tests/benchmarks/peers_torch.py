@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from networks_torch import NETWORKS, Batch, batch
-from rounds import describe, measure, options, quartiles, write
+from rounds import compare, describe, in_words, options, write
 from steps_torch import full, plain
 from torch import nn
 
@@ -204,12 +204,9 @@ def main() -> None:
                 takers[label] = peer(data)
         for label, taker in takers.items():
             # Each beside the plain step alone: what others leave in memory would count for it.
-            base, taken = measure(PAIRS, partial(plain, data), taker)
-            ratio = quartiles([b / a for a, b in zip(base, taken, strict=True)])
+            ratio = compare(PAIRS, partial(plain, data), taker)
             rows[label] = {"on : off": ratio}
-            print(
-                f"  {label}: {ratio['median']:.2f} ({ratio['lower']:.2f} to {ratio['upper']:.2f})"
-            )
+            print(f"  {label}: {in_words(ratio)}")
         result[name] = rows
     write(chosen, result)
 

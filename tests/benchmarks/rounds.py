@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 
 def options(description: str | None) -> argparse.Namespace:
@@ -29,7 +30,7 @@ def describe() -> dict[str, object]:
     return {"python": platform.python_version(), "machine": platform.machine()}
 
 
-def measure(count: int, *rounds: Callable[[], None]) -> list[list[float]]:
+def measure(count: int, *rounds: Callable[[], Any]) -> list[list[float]]:
     """Return the seconds of ``count`` repetitions of each round, taken in turns after one each."""
     for run in rounds:
         run()
@@ -40,6 +41,17 @@ def measure(count: int, *rounds: Callable[[], None]) -> list[list[float]]:
             run()
             taken.append(time.perf_counter() - start)
     return seconds
+
+
+def compare(count: int, plain: Callable[[], Any], other: Callable[[], Any]) -> dict[str, float]:
+    """Return the quartiles of the time of one round as a ratio to that of a plain one."""
+    base, taken = measure(count, plain, other)
+    return quartiles([b / a for a, b in zip(base, taken, strict=True)])
+
+
+def in_words(ratio: dict[str, float]) -> str:
+    """Return a ratio's median, and its quartiles."""
+    return f"{ratio['median']:.2f} ({ratio['lower']:.2f} to {ratio['upper']:.2f})"
 
 
 def peak(script: str, *arguments: str) -> int:

@@ -65,6 +65,14 @@ def test_a_line_that_was_cut_off_is_left_out_and_said(path):
     assert run.decisions == decisions[:2]
 
 
+def write_spoiled(path, steps, old, new):
+    """Write some steps of a run, and replace what the first decision's line holds."""
+    write(path, Controller(16), steps)
+    header, line, rest = path.read_bytes().split(b"\n", 2)
+    assert old in line
+    path.write_bytes(b"\n".join([header, line.replace(old, new, 1), rest]))
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -97,11 +105,7 @@ def test_what_is_no_run_log_is_refused(path, content, message):
     ],
 )
 def test_a_line_that_was_not_decided_is_refused(path, old, new, message):
-    write(path, Controller(16), 3)
-    lines = path.read_bytes().split(b"\n")
-    assert old in lines[1]
-    lines[1] = lines[1].replace(old, new, 1)
-    path.write_bytes(b"\n".join(lines))
+    write_spoiled(path, 3, old, new)
     with pytest.raises(ValueError, match=f"line 2, .*{message}"):
         read_run(path)
 
@@ -130,11 +134,7 @@ def test_a_line_that_was_not_decided_is_refused(path, old, new, message):
     ],
 )
 def test_a_value_of_another_kind_is_refused_in_words(path, old, new, message):
-    write(path, Controller(16), 2)
-    content = path.read_bytes()
-    header, line, rest = content.split(b"\n", 2)
-    assert old in line
-    path.write_bytes(b"\n".join([header, line.replace(old, new, 1), rest]))
+    write_spoiled(path, 2, old, new)
     with pytest.raises(NotDecidedError, match=f"line 2, is not what was decided: .*{message}"):
         read_run(path)
 
