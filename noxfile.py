@@ -122,7 +122,7 @@ def soak(session: nox.Session) -> None:
     session.env.update(CABS_UPDATES="1000000", CABS_KILLS="40")
     long = ("tests/core/test_soak.py", "tests/torch/test_survival.py")
     # Says what was done to each run, too.
-    session.run("pytest", "-s", *long, *session.posargs)
+    session.run("pytest", "-s", "-o", "faulthandler_timeout=0", *long, *session.posargs)
 
 
 @nox.session

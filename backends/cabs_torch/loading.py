@@ -17,13 +17,13 @@ from torch.utils.data import IterableDataset
 from cabs import BatchSampler, Loader, StreamSampler
 from cabs.epochs import HasBatchSize
 from cabs.scalars import as_bool, as_integer
+from cabs_torch.processes import data_loader
 from cabs_torch.reading import (
     Collate,
     ReadByWorkers,
     ReadHere,
     Reading,
     Stream,
-    data_loader,
 )
 from cabs_torch.workers import ChunkReader, Initialize
 

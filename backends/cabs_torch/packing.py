@@ -19,9 +19,6 @@ import torch
 # Arrays of other kinds have no tensor that holds the same.
 _ARRAYS = frozenset("?bBhilqefdFD")
 
-
-_NOTHING = torch.empty(0, dtype=torch.uint8, device="cpu")
-
 # Where a tensor may begin in memory, in bytes, whatever its dtype is.
 _ALIGNMENT = 64
 
@@ -37,53 +34,72 @@ class Column(NamedTuple):
     is_array: bool
 
 
+class Pickled(NamedTuple):
+    """Where other objects lie, pickled, in bytes."""
+
+    start: int
+    end: int
+
+
 class Packed(NamedTuple):
     """Examples on their way."""
 
     length: int
     nest: Any
     """How each is nested, see :func:`_flatten`; False if they differ, and travel as they are."""
-    columns: list[Column | bytes]
+    columns: list[Column | Pickled]
     """What the examples have at each place; pickled, where it is no tensor or array."""
     memory: torch.Tensor
-    """What the columns lie in: bytes, one after the other. What is shared costs by the piece."""
+    """What the columns lie in: bytes, one after the other. What is shared costs by the piece.
+
+    All of them, so that a message is small: one that does not fit into a pipe is sent in parts, and
+    a worker killed between them would leave the loop waiting for the rest.
+    """
 
 
 def pack(examples: list[Any], *, shared: bool = False) -> Packed:
     """Pack examples so that few objects travel; in memory that processes share, where asked to."""
     flat: list[list[Any]] = [[] for _ in examples]
     nests = [_flatten(example, leaves) for example, leaves in zip(examples, flat, strict=True)]
-    if not nests or nests.count(nests[0]) != len(nests):
-        return Packed(len(examples), False, [_pickled(examples)], _NOTHING)
-    columns: list[Column | bytes] = []
-    tensors: list[tuple[Column, list[torch.Tensor]]] = []
+    is_one_nest = bool(nests) and nests.count(nests[0]) == len(nests)
+    columns: list[Column | Pickled] = []
+    contents: list[list[torch.Tensor] | bytes] = []
     end = 0
-    for leaves in map(list, zip(*flat, strict=True)):
-        as_tensors = _tensors(leaves)
+    for leaves in map(list, zip(*flat, strict=True)) if is_one_nest else [examples]:
+        as_tensors = _tensors(leaves) if is_one_nest else None
         if as_tensors is None:
-            columns.append(_pickled(leaves))
-            continue
-        shapes = [tuple(one.shape) for one in as_tensors]
-        size = sum(one.numel() for one in as_tensors) * as_tensors[0].element_size()
-        if shapes.count(shapes[0]) == len(shapes):
-            shapes = shapes[:1]
-        is_array = type(leaves[0]) is np.ndarray
-        column = Column(end, as_tensors[0].dtype, shapes, is_array)
-        columns.append(column)
-        tensors.append((column, as_tensors))
+            contents.append(_pickled(leaves))
+            size = len(contents[-1])
+            columns.append(Pickled(end, end + size))
+        else:
+            contents.append(as_tensors)
+            shapes = [tuple(one.shape) for one in as_tensors]
+            size = sum(one.numel() for one in as_tensors) * as_tensors[0].element_size()
+            if shapes.count(shapes[0]) == len(shapes):
+                shapes = shapes[:1]
+            is_array = type(leaves[0]) is np.ndarray
+            columns.append(Column(end, as_tensors[0].dtype, shapes, is_array))
         end += -(-size // _ALIGNMENT) * _ALIGNMENT
     memory = torch.empty(0, dtype=torch.uint8, device="cpu")
     if shared:
         memory.set_(torch.UntypedStorage._new_shared(end))
     else:
         memory.resize_(end)
-    for column, parts in tensors:
-        whole = _whole(column, len(examples), memory)
-        if len(column.shapes) == 1:
-            torch.stack(parts, out=whole)
-        else:
-            torch.cat([part.reshape(-1) for part in parts], out=whole)
-    return Packed(len(examples), nests[0], columns, memory)
+    for column, content in zip(columns, contents, strict=True):
+        _write(column, content, len(examples), memory)
+    return Packed(len(examples), nests[0] if is_one_nest else False, columns, memory)
+
+
+def _write(column: Any, content: Any, length: int, memory: torch.Tensor) -> None:
+    """Put what a column holds where it lies."""
+    if isinstance(column, Pickled):
+        memory.numpy()[column.start : column.end] = np.frombuffer(content, np.uint8)
+        return
+    whole = _whole(column, length, memory)
+    if len(column.shapes) == 1:
+        torch.stack(content, out=whole)
+    else:
+        torch.cat([part.reshape(-1) for part in content], out=whole)
 
 
 def _pickled(objects: list[Any]) -> bytes:
@@ -195,8 +211,8 @@ def unpack(packed: Packed) -> list[Any]:
 
 
 def _unpacked(column: Any, length: int, memory: torch.Tensor) -> list[Any]:
-    if isinstance(column, bytes):
-        leaves: list[Any] = pickle.loads(column)
+    if isinstance(column, Pickled):
+        leaves: list[Any] = pickle.loads(memory.numpy()[column.start : column.end].data)
         return leaves
     whole = _whole(column, length, memory)
     if len(column.shapes) == 1:

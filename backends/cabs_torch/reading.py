@@ -13,60 +13,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, default_collate
+from torch.utils.data import default_collate
 from torch.utils.data._utils.pin_memory import pin_memory as pinned
 
 from cabs import DrawnBatch, Fetch
 from cabs_torch import randomness
 from cabs_torch.packing import unpack
+from cabs_torch.processes import begun, data_loader, ended
 from cabs_torch.workers import BlockReader, Chunk, ChunkReader, Read
 
-# How many requests each worker has to hand, so that it need not wait for the next.
-_REQUESTS = 2
 # The fewest examples of a request that are worth its costs, about those of reading an image.
 _SMALLEST = 8
 # Of a stream, whose blocks cannot follow the batch size: their size is the order of its examples.
 _BLOCK = 32
-
-
-def _as_it_is(read: Any) -> Any:
-    return read
-
-
-def data_loader(reader: Any, seed: int | None, epoch: int, options: dict[str, Any]) -> Any:
-    """Return PyTorch's own, for what is read in an epoch."""
-    # Its own generator: the data loader would draw from training's.
-    generator = torch.Generator()
-    generator.manual_seed(randomness.seeds_of(seed or 0, epoch, [2**64 - 1])[0])
-    return DataLoader(
-        reader,
-        generator=generator,
-        batch_size=None,
-        collate_fn=_as_it_is,
-        prefetch_factor=_REQUESTS if options["num_workers"] else None,
-        **options,
-    )
-
-
-def begun(loader: Any) -> Iterator[Any]:
-    """Return an iterator over a data loader, whose workers start."""
-    # It draws a number by our generator, which is one of the CPU, on the default device. Workers
-    # that start under a device of their own are slow at everything.
-    if torch.get_default_device().type == "cpu":
-        return iter(loader)
-    with torch.device("cpu"):
-        return iter(loader)
-
-
-def ended(iterator: Any) -> None:
-    """Let the workers of an iterator over a data loader end, now.
-
-    They would when nobody holds the iterator any more; but an error that was caught can hold it, in
-    a cycle, and workers that are ended while garbage is collected can wait for each other.
-    """
-    shut_down = getattr(iterator, "_shutdown_workers", None)
-    if shut_down is not None:
-        shut_down()
 
 
 class Collate:

@@ -1,5 +1,7 @@
 """Examples on their way from a worker: what arrives is what was sent."""
 
+import pickle
+
 import numpy as np
 import torch
 from hypothesis import given
@@ -61,3 +63,10 @@ def test_examples_of_one_kind_travel_in_few_pieces(example, times):
     packed = pack([example] * times)
     assert packed.nest is not False
     same(unpack(packed), [example] * times)
+
+
+def test_what_travels_through_a_pipe_fits_into_it():
+    # A message that is sent in parts leaves its reader waiting if the worker is killed meanwhile.
+    examples = [{"text": "x" * 10_000, "image": torch.zeros(100, 100)} for _ in range(64)]
+    for batch in (examples, [*examples, "another kind"]):
+        assert len(pickle.dumps(pack(batch)._replace(memory=None))) < 4096
