@@ -4,21 +4,32 @@
 
 Each is asked for the sum of squared norms of the examples' gradients, beside the mean gradient, the
 way its documentation has it, and is first held against this library's number. Time is that of a
-step, forward and backward, as a ratio to the neighbouring plain step. What a peer refuses is
-printed. Needs BackPACK, Opacus and Cockpit. Writes JSON with --json FILE.
+step, forward and backward, as a ratio to the neighbouring plain step; memory one of peaks, of
+processes of their own. What a peer refuses is printed. Needs BackPACK, Opacus and Cockpit. Writes
+JSON with --json FILE.
 """
 
 from __future__ import annotations
 
 import copy
+import sys
 import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
-from networks_torch import NETWORKS, Batch, batch
-from rounds import compare, describe, in_words, options, write
+from networks_torch import NETWORKS, Batch, batch, losses_of
+from rounds import (
+    THREADS,
+    compare,
+    describe,
+    high_water_mark,
+    in_words,
+    options,
+    peak,
+    write,
+)
 from steps_torch import full, plain
 from torch import nn
 
@@ -47,7 +58,7 @@ def backpack_step(extension: str) -> Peer:
         def step() -> float:
             model.zero_grad()
             with backpack(getattr(extensions, extension)()):
-                loss_of(model(data.inputs), data.targets).backward()
+                loss_of(model(data.inputs).movedim(-1, 1), data.targets).backward()
             total = 0.0
             for parameter in model.parameters():
                 if extension == "BatchL2Grad":
@@ -74,7 +85,7 @@ def opacus_hooks(data: Batch) -> Callable[[], float]:
 
     def step() -> float:
         model.zero_grad()
-        nn.functional.cross_entropy(model(data.inputs), data.targets).backward()
+        losses_of(model(data.inputs), data.targets).mean().backward()
         return sum(float(one.grad_sample.square().sum()) for one in model.parameters())
 
     return step
@@ -90,7 +101,7 @@ def opacus_ghost(data: Batch) -> Callable[[], float]:
 
     def step() -> float:
         model.zero_grad()
-        nn.functional.cross_entropy(model(data.inputs), data.targets).backward()
+        losses_of(model(data.inputs), data.targets).mean().backward()
         return float(model.get_norm_sample().square().sum())
 
     return step
@@ -102,7 +113,7 @@ def cockpit_cabs(data: Batch) -> Callable[[], float]:
     from cockpit import Cockpit, quantities
 
     model = extend(copy.deepcopy(data.model))
-    loss_of, of_each = extend(nn.CrossEntropyLoss()), nn.CrossEntropyLoss(reduction="none")
+    loss_of = extend(nn.CrossEntropyLoss())
     optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
     quantity = quantities.CABS(track_schedule=lambda _: True)
     cockpit = Cockpit(model.parameters(), quantities=[quantity])
@@ -111,8 +122,8 @@ def cockpit_cabs(data: Batch) -> Callable[[], float]:
     def step() -> float:
         number = next(steps)
         model.zero_grad()
-        outputs = model(data.inputs)
-        loss, losses = loss_of(outputs, data.targets), of_each(outputs, data.targets)
+        scores = model(data.inputs)
+        loss, losses = loss_of(scores.movedim(-1, 1), data.targets), losses_of(scores, data.targets)
         info = {
             "batch_size": examples,
             "individual_losses": losses,
@@ -132,11 +143,11 @@ def vmap_of_grad(data: Batch) -> Callable[[], float]:
     """Take PyTorch's own way to each example's gradient."""
     from torch.func import functional_call, grad, vmap
 
-    def loss_of(parameters: dict[str, Any], inputs: Any, target: Any) -> Any:
-        outputs = functional_call(data.model, parameters, (inputs[None],))
-        return nn.functional.cross_entropy(outputs, target[None])
+    def loss_of(parameters: dict[str, Any], inputs: Any, targets: Any) -> Any:
+        scores = functional_call(data.model, parameters, (inputs[None],))
+        return losses_of(scores, targets[None]).squeeze()
 
-    each = vmap(grad(loss_of), in_dims=(None, 0, 0), chunk_size=CHUNK, randomness="different")
+    each = vmap(grad(loss_of), in_dims=(None, 0, 0), chunk_size=CHUNK)
     parameters = dict(data.model.named_parameters())
 
     def step() -> float:
@@ -160,23 +171,11 @@ PEERS: dict[str, Peer] = {
 }
 
 
-def without_dropout(data: Batch) -> Batch:
-    """Return a copy of which every pass gives the same, for the comparison."""
-    model = copy.deepcopy(data.model)
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        if isinstance(module, nn.MultiheadAttention):
-            module.dropout = 0.0
-    return data._replace(model=model)
-
-
 def refusal(peer: Peer, data: Batch) -> str:
     """Return why a peer does not give the number, or nothing."""
-    quiet = without_dropout(data)
-    expected = float(cabs_torch.backward(quiet.losses()).group_square_sum)
+    expected = float(cabs_torch.backward(data.losses()).group_square_sum)
     try:
-        found = peer(quiet)()
+        found = peer(data)()
     except ModuleNotFoundError:
         raise
     except Exception as error:
@@ -185,31 +184,50 @@ def refusal(peer: Peer, data: Batch) -> str:
     return "" if abs(found / expected - 1.0) < 1e-3 else f"gives {found}, expected {expected}"
 
 
+def taker(label: str, data: Batch) -> Callable[[], object]:
+    """Return a step by the name of who takes it."""
+    own = {"plain": plain, "cabs": full}
+    return partial(own[label], data) if label in own else PEERS[label](data)
+
+
+def report_peak(name: str, label: str) -> None:
+    """Take some steps in this process, and print the peak."""
+    torch.set_num_threads(THREADS)
+    warnings.simplefilter("ignore")
+    before = high_water_mark()
+    step = taker(label, batch(name))
+    for _ in range(3):
+        step()
+    print(high_water_mark() - before)
+
+
 def main() -> None:
     """Measure, print, and write."""
     chosen = options(__doc__)
-    torch.set_num_threads(2)
+    torch.set_num_threads(THREADS)
     warnings.simplefilter("ignore")
-    result: dict[str, object] = {**describe(), "torch": torch.__version__, "threads": 2}
+    result: dict[str, object] = {}
     for name, network in NETWORKS.items():
         print(f"{name}, m = {network.examples}")
         data, rows = batch(name), {}
-        takers: dict[str, Callable[[], object]] = {"cabs": partial(full, data)}
-        for label, peer in PEERS.items():
-            why = refusal(peer, data)
+        off = peak(__file__, name, "plain")
+        for label in ("cabs", *PEERS):
+            why = refusal(PEERS[label], data) if label in PEERS else ""
             if why:
                 rows[label] = {"refused": why}
                 print(f"  {label}: {why}")
-            else:
-                takers[label] = peer(data)
-        for label, taker in takers.items():
+                continue
             # Each beside the plain step alone: what others leave in memory would count for it.
-            ratio = compare(PAIRS, partial(plain, data), taker)
-            rows[label] = {"on : off": ratio}
-            print(f"  {label}: {in_words(ratio)}")
+            ratio = compare(PAIRS, partial(plain, data), taker(label, data))
+            memory = peak(__file__, name, label) / off
+            rows[label] = {"on : off": ratio, "memory, on : off": memory}
+            print(f"  {label}: {in_words(ratio)}, memory {memory:.2f}")
         result[name] = rows
-    write(chosen, result)
+    write(chosen, {**describe(), "networks": result})
 
 
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:2] == ["--peak"]:
+        report_peak(*sys.argv[2:])
+    else:
+        main()

@@ -1,13 +1,17 @@
 """How this project measures: rounds taken in turns in one process, medians and quartiles.
 
 Single times mean nothing on a machine that does other things too; ratios of neighbours do. Peaks of
-memory are those of processes of their own.
+memory are those of processes of their own. What is written says on what machine, with what versions
+and when it was measured.
 """
 
 from __future__ import annotations
 
 import argparse
+import datetime
+import importlib.metadata
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -17,6 +21,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+# How many threads a step may use.
+THREADS = 2
+
+# What the numbers can depend on; each is named if it is installed.
+_DISTRIBUTIONS = (
+    *("cabs-batch-size", "numpy", "torch", "jax", "jaxlib", "tensorflow", "keras"),
+    *("backpack-for-pytorch", "opacus", "cockpit-for-pytorch", "jax-privacy"),
+)
+
 
 def options(description: str | None) -> argparse.Namespace:
     """Return what the command line asks for."""
@@ -25,9 +38,39 @@ def options(description: str | None) -> argparse.Namespace:
     return parser.parse_args()
 
 
-def describe() -> dict[str, object]:
-    """Return what the numbers depend on."""
-    return {"python": platform.python_version(), "machine": platform.machine()}
+def describe(threads: int = THREADS) -> dict[str, object]:
+    """Return what the numbers depend on: the machine, the versions, and the day."""
+    return {
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "machine": {
+            "processor": _first("/proc/cpuinfo", "model name") or platform.processor(),
+            "cores": len(os.sched_getaffinity(0)),
+            "memory in GiB": round(
+                os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+            ),
+            "system": platform.platform(),
+        },
+        "threads": threads,
+        "versions": {"python": platform.python_version(), **_versions()},
+    }
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in _DISTRIBUTIONS:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _first(path: str, key: str) -> str:
+    """Return what the first line that starts with a key says, in a file of the kernel."""
+    for line in Path(path).read_text(encoding="utf-8").splitlines():
+        if line.startswith(key):
+            return line.partition(":")[2].strip()
+    return ""
 
 
 def measure(count: int, *rounds: Callable[[], Any]) -> list[list[float]]:
@@ -55,18 +98,17 @@ def in_words(ratio: dict[str, float]) -> str:
 
 
 def peak(script: str, *arguments: str) -> int:
-    """Return the KiB that a script prints when it is run with ``--peak`` and arguments."""
+    """Return the KiB that a script prints last when it is run with ``--peak`` and arguments."""
     command = [sys.executable, script, "--peak", *arguments]
     folder = Path(script).parent
     run = subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True)
-    return int(run.stdout)
+    return int(run.stdout.splitlines()[-1])
 
 
 def high_water_mark() -> int:
     """Return the most memory that this process has had so far, in KiB; on Linux."""
     # Not getrusage(), which starts from what the parent process had.
-    status = Path("/proc/self/status").read_text(encoding="utf-8")
-    return int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1])
+    return int(_first("/proc/self/status", "VmHWM").split()[0])
 
 
 def quartiles(values: list[float]) -> dict[str, float]:

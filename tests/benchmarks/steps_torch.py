@@ -14,7 +14,7 @@ from functools import partial
 
 import torch
 from networks_torch import NETWORKS, Batch, batch
-from rounds import describe, high_water_mark, measure, options, peak, quartiles, write
+from rounds import THREADS, describe, high_water_mark, measure, options, peak, quartiles, write
 
 import cabs_torch
 
@@ -35,9 +35,9 @@ def full(data: Batch) -> None:
 
 
 def sampled(data: Batch) -> None:
-    """Take a step with norms over a quarter of the examples."""
+    """Take a step with norms over some of the examples."""
     data.model.zero_grad()
-    cabs_torch.backward(data.losses(), sample=len(data.inputs) // 4)
+    cabs_torch.backward(data.losses(), sample=data.sample)
 
 
 def parts(data: Batch) -> list[slice]:
@@ -66,14 +66,14 @@ def grouped(data: Batch) -> None:
 # What is measured, and against what.
 STEPS: dict[str, tuple[Callable[[Batch], None], Callable[[Batch], None]]] = {
     "exact": (plain, full),
-    "exact, a quarter of the examples": (plain, sampled),
+    "exact, over a sample": (plain, sampled),
     "groups, 4 microbatches": (accumulated, grouped),
 }
 
 
 def report_peak(name: str, step: str) -> None:
     """Run some steps in this process, and print the peak."""
-    torch.set_num_threads(2)
+    torch.set_num_threads(THREADS)
     before = high_water_mark()
     data = batch(name)
     for _ in range(3):
@@ -84,8 +84,8 @@ def report_peak(name: str, step: str) -> None:
 def main() -> None:
     """Measure, print, and write."""
     chosen = options(__doc__)
-    torch.set_num_threads(2)
-    result: dict[str, object] = {**describe(), "torch": torch.__version__, "threads": 2}
+    torch.set_num_threads(THREADS)
+    result: dict[str, object] = {}
     for name, network in NETWORKS.items():
         print(f"{name}, m = {network.examples}")
         data, rows = batch(name), {}
@@ -104,7 +104,7 @@ def main() -> None:
                 f"({ratio['lower']:.3f} to {ratio['upper']:.3f}), memory {memory:.2f}"
             )
         result[name] = rows
-    write(chosen, result)
+    write(chosen, {**describe(), "networks": result})
 
 
 if __name__ == "__main__":
