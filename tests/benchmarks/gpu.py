@@ -2,8 +2,8 @@
 
     python tests/benchmarks/gpu.py FOLDER
 
-Leaves torch.json, feeding.json and jax.json in the folder. Ends with an error if a statistic is
-wrong, a step waits for the device, or a batch is not what it should be.
+Leaves gpu_torch.json, gpu_feeding.json and gpu_jax.json in the folder, for report.py. Ends with an
+error if a statistic is wrong, a step waits for the device, or a batch is not what it should be.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-SCRIPTS = {"torch": "gpu_torch.py", "feeding": "gpu_feeding.py", "jax": "steps_jax.py"}
+SCRIPTS = {"gpu_feeding": "gpu_feeding.py", "gpu_jax": "steps_jax.py", "gpu_torch": "gpu_torch.py"}
 
 
 def main() -> int:

@@ -74,7 +74,6 @@ def main() -> int:
     print(f"out of memory: the cap went from {EXAMPLES} to {cap}, relative error {error:.1e}")
     result: dict[str, object] = {
         **describe(),
-        "torch": torch.__version__,
         "device": torch.cuda.get_device_name(),
         "batches are pinned and whole": pinned,
         "cap after running out of memory": cap,
