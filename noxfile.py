@@ -125,16 +125,24 @@ def soak(session: nox.Session) -> None:
     session.run("pytest", "-s", "-o", "faulthandler_timeout=0", *long, *session.posargs)
 
 
+BENCHMARKS = (
+    *("core", "loader_torch", "growth_torch"),
+    *(f"steps_{name}" for name in FRAMEWORKS),
+    *(f"peers_{name}" for name in FRAMEWORKS),
+)
+
+
 @nox.session
 def bench(session: nox.Session) -> None:
-    """Measure the core, the adapters, and others beside them; nothing else should run."""
+    """Measure everything, or what is named, and write the documentation's tables and figures.
+
+    Nothing else should run meanwhile.
+    """
     install(session, "-e", ".[jax,tensorflow,torch,plot]")
     # Without what they depend on: they would replace PyTorch.
     install(session, "--no-deps", groups=("peers",))
-    for benchmark in (
-        "core",
-        "loader_torch",
-        *(f"steps_{name}" for name in FRAMEWORKS),
-        *(f"peers_{name}" for name in FRAMEWORKS),
-    ):
-        session.run("python", f"tests/benchmarks/{benchmark}.py", *session.posargs)
+    results = ROOT / "docs" / "benchmarks"
+    for name in session.posargs or BENCHMARKS:
+        script = f"tests/benchmarks/{name}.py"
+        session.run("python", script, "--json", str(results / f"{name}.json"))
+    session.run("python", "tests/benchmarks/report.py", str(results))

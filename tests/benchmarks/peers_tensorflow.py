@@ -3,9 +3,9 @@
     python tests/benchmarks/peers_tensorflow.py
 
 Each traced step returns the mean gradient and the sum of squared norms of the examples' gradients,
-and is first held against this library's number, where no dropout draws other masks. Time is a ratio
-to the neighbouring plain step. What a peer refuses, or crashes at, is printed. Writes JSON with
---json FILE.
+and is first held against this library's number. Time is a ratio to the neighbouring plain step;
+memory one of peaks, of processes of their own, above what the import of TensorFlow takes. What a
+peer refuses, crashes at, or is not done with in time, is printed. Writes JSON with --json FILE.
 """
 
 from __future__ import annotations
@@ -18,12 +18,14 @@ from typing import Any
 
 import tensorflow as tf
 from networks_tensorflow import NETWORKS, Batch, batch
-from rounds import compare, describe, options, write
-from steps_tensorflow import Step, full, plain
+from rounds import compare, describe, high_water_mark, in_words, options, peak, write
+from steps_tensorflow import Step, full, limit_threads, plain
 
 PAIRS = 5
 # How many examples' gradients are formed at once; all of them would not fit everywhere.
 CHUNK = 16
+# How long one row may take.
+MINUTES = 10
 
 
 def summed(gradients: list[Any]) -> Any:
@@ -33,6 +35,8 @@ def summed(gradients: list[Any]) -> Any:
 
 def in_chunks(gradients_of: Callable[[Any, Any], list[Any]]) -> Step:
     """Return a step that forms the gradients of some examples at a time."""
+    # Traced once: a deep network takes long to trace, and there are many chunks.
+    gradients_of = tf.function(gradients_of, autograph=False)
 
     def step(inputs: Any, targets: Any) -> Any:
         examples = inputs.shape[0]
@@ -85,7 +89,7 @@ PEERS: dict[str, Callable[[Batch], Step]] = {
 
 
 def traced(maker: Callable[[Batch], Step], data: Batch) -> Callable[[], Any]:
-    """Return a step that was traced for its batch, and taken once."""
+    """Return a step that is traced for its batch, when it is first taken."""
     step = tf.function(maker(data), autograph=False)
 
     def run() -> Any:
@@ -93,50 +97,77 @@ def traced(maker: Callable[[Batch], Step], data: Batch) -> Callable[[], Any]:
         tf.test.experimental.sync_devices()
         return found
 
-    run()
     return run
 
 
-def row(name: str, label: str) -> dict[str, float]:
-    """Return the time of one peer on one network, as a ratio to the plain step."""
+def taker(label: str, data: Batch) -> Callable[[], Any]:
+    """Return a step by the name of who takes it."""
+    return traced({"plain": plain, "cabs": full, **PEERS}[label], data)
+
+
+def report_ratio(name: str, label: str) -> None:
+    """Print the time of one peer on one network, as a ratio to the plain step."""
+    limit_threads()
     data = batch(name)
-    taker = {"cabs": full, **PEERS}[label]
-    steps = traced(plain, data), traced(taker, data)
-    if label != "cabs" and "dropout" not in name.replace("no dropout", ""):
-        expected = float(traced(full, data)()[1][1].group_square_sum)
-        found = float(steps[1]()[0])
+    step = taker(label, data)
+    if label in PEERS:
+        expected = float(taker("cabs", data)()[1][1].group_square_sum)
+        found = float(step()[0])
         if abs(found / expected - 1.0) > 1e-3:
-            raise ValueError(f"it gives {found}, expected {expected}")
-    return compare(PAIRS, *steps)
+            raise ValueError(f"gives {found}, expected {expected}")
+    print(json.dumps(compare(PAIRS, taker("plain", data), step)))
 
 
-def in_a_process(name: str, label: str) -> dict[str, object]:
-    """Return a row from a process of its own, which may crash."""
-    command = [sys.executable, __file__, "--row", name, label]
-    run = subprocess.run(command, check=False, capture_output=True, text=True)
+def report_peak(name: str, label: str) -> None:
+    """Take some steps in this process, and print the peak."""
+    limit_threads()
+    before = high_water_mark()
+    step = taker(label, batch(name))
+    for _ in range(3):
+        step()
+    print(high_water_mark() - before)
+
+
+def in_a_process(*arguments: str) -> str:
+    """Return what this script prints last in a process of its own; RuntimeError if it fails."""
+    command = [sys.executable, __file__, *arguments]
+    try:
+        run = subprocess.run(
+            command, check=False, capture_output=True, text=True, timeout=60 * MINUTES
+        )
+    except subprocess.TimeoutExpired:
+        raise RuntimeError(f"takes more than {MINUTES} minutes") from None
     if run.returncode:
         last = [line for line in run.stderr.splitlines() if "Error" in line][-1:]
-        return {"refused": f"ends with status {run.returncode} {' '.join(last)[:100]}".strip()}
-    return {"on : off": json.loads(run.stdout.splitlines()[-1])}
+        raise RuntimeError(f"ends with status {run.returncode} {' '.join(last)[:100]}".strip())
+    return run.stdout.splitlines()[-1]
 
 
 def main() -> None:
     """Measure, print, and write."""
     chosen = options(__doc__)
-    result: dict[str, object] = {**describe(), "tensorflow": tf.__version__, "threads": 2}
+    result: dict[str, object] = {}
     for name, network in NETWORKS.items():
         print(f"{name}, m = {network.examples}")
-        rows = {label: in_a_process(name, label) for label in ("cabs", *PEERS)}
-        for label, found in rows.items():
-            print(f"  {label}: {found}")
+        rows: dict[str, object] = {}
+        off = peak(__file__, name, "plain")
+        for label in ("cabs", *PEERS):
+            try:
+                ratio = json.loads(in_a_process("--ratio", name, label))
+                memory = int(in_a_process("--peak", name, label)) / off
+            except RuntimeError as why:
+                rows[label] = {"refused": str(why)}
+                print(f"  {label}: {why}")
+                continue
+            rows[label] = {"on : off": ratio, "memory, on : off": memory}
+            print(f"  {label}: {in_words(ratio)}, memory {memory:.2f}")
         result[name] = rows
-    write(chosen, result)
+    write(chosen, {**describe(), "networks": result})
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--row"]:
-        tf.config.threading.set_intra_op_parallelism_threads(2)
-        tf.config.threading.set_inter_op_parallelism_threads(2)
-        print(json.dumps(row(*sys.argv[2:])))
+    reports = {"--ratio": report_ratio, "--peak": report_peak}
+    if sys.argv[1:] and sys.argv[1] in reports:
+        reports[sys.argv[1]](*sys.argv[2:])
     else:
         main()

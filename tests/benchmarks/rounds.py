@@ -24,6 +24,9 @@ from typing import Any
 # How many threads a step may use.
 THREADS = 2
 
+# Seconds that all rounds of one comparison may take, about.
+_PATIENCE = 60.0
+
 # What the numbers can depend on; each is named if it is installed.
 _DISTRIBUTIONS = (
     *("cabs-batch-size", "numpy", "torch", "jax", "jaxlib", "tensorflow", "keras"),
@@ -87,8 +90,13 @@ def measure(count: int, *rounds: Callable[[], Any]) -> list[list[float]]:
 
 
 def compare(count: int, plain: Callable[[], Any], other: Callable[[], Any]) -> dict[str, float]:
-    """Return the quartiles of the time of one round as a ratio to that of a plain one."""
-    base, taken = measure(count, plain, other)
+    """Return the quartiles of the time of one round as a ratio to that of a plain one.
+
+    Fewer than ``count`` pairs are taken, but three at least, where that would take minutes.
+    """
+    (taken,) = measure(1, other)
+    fewer = max(3, min(count, round(_PATIENCE / taken[0])))
+    base, taken = measure(fewer, plain, other)
     return quartiles([b / a for a, b in zip(base, taken, strict=True)])
 
 
