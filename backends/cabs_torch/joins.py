@@ -7,6 +7,7 @@ its output's cotangent.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -150,14 +151,27 @@ def _group_norm(node: Node, layout: Layout, index: int, shape: Shape) -> Layout 
         return _added(layout, channels, parameter=shape)
     check_saved(node, "input", "result1", "result2")
 
-    def normalized(part: Callable[[Tensor], Tensor]) -> Tensor:
-        inputs = part(saved(node, "input"))
-        per_group = (*inputs.shape[:2], node._saved_group, -1)
-        mean, scale = (part(saved(node, n)).unsqueeze(-1) for n in ("result1", "result2"))
-        groups: Tensor = (inputs.reshape(per_group) - mean).mul_(scale)
-        return groups.reshape(inputs.shape)
+    def term(cotangent: Tensor, examples: int) -> Term:
+        whole = layout.take(saved(node, "input"), examples), layout.take(cotangent, examples)
+        positions = math.prod(layout.shape[2:])
+        sums = []
+        for part in norms.parts(examples, 2 * whole[0][0].numel(), None):
+            x, b = (
+                norms.at_least_single(one[part]).reshape(-1, *one.shape[1:3], positions)
+                for one in whole
+            )
+            # As PyTorch's own gradient has it: normalizing each element first takes much longer.
+            sums.append(torch.stack([(x * b).sum(dim=3), b.sum(dim=3)]))
+        products, added = torch.cat(sums, dim=1)
+        mean, scale = (
+            layout.moved(tuple(one.shape), 0)
+            .take(one, examples)
+            .repeat_interleave(layout.shape[1] // node._saved_group, dim=2)
+            for one in (saved(node, "result1"), saved(node, "result2"))
+        )
+        return Formed(((products - mean * added) * scale).sum(dim=1))
 
-    return _scaled(layout, channels, normalized, parameter=shape)
+    return _join("scaled", term)
 
 
 def _batch_norm(node: Node, layout: Layout, index: int, shape: Shape) -> Layout | Join:

@@ -91,8 +91,8 @@ def convolutions(draw):
     reach = [(size - 1) * step + 1 for size, step in zip(kernel, dilation, strict=True)]
     same = draw(st.booleans())
     settings = {
-        "in_channels": groups * draw(st.integers(1, 3)),
-        "out_channels": groups * draw(st.integers(1, 3)),
+        "in_channels": groups * draw(st.sampled_from([1, 2, 3, 9])),
+        "out_channels": groups * draw(st.sampled_from([1, 2, 3, 9])),
         "kernel_size": kernel,
         "dilation": dilation,
         "groups": groups,

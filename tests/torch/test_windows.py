@@ -1,4 +1,4 @@
-"""Weights of convolutions whose norms are sums over pairs of positions."""
+"""Weights of convolutions whose norms are not had from products of matrices."""
 
 import pytest
 import torch
@@ -11,31 +11,48 @@ from tests.torch.reference import assert_exact
 
 WIDE = {
     "one axis": (lambda: nn.Conv1d(64, 64, 9, padding=3, dilation=2), (17,)),
-    "two axes": (lambda: nn.Conv2d(40, 48, 5, padding=2), (6, 7)),
-    "no padding": (lambda: nn.Conv2d(64, 64, (3, 5), dilation=(2, 1)), (7, 8)),
-    "a row of a kernel": (lambda: nn.Conv2d(40, 40, (1, 7), padding=(0, 3)), (3, 7)),
+    "two axes": (lambda: nn.Conv2d(80, 96, 5, padding=2), (6, 7)),
+    "no padding": (lambda: nn.Conv2d(128, 96, (3, 5), dilation=(2, 1)), (7, 8)),
+    "a row of a kernel": (lambda: nn.Conv2d(96, 96, (1, 7), padding=(0, 3)), (3, 7)),
     "three axes": (lambda: nn.Conv3d(96, 96, 3, padding=1), (3, 4, 3)),
     "transposed": (lambda: nn.ConvTranspose2d(64, 64, 5, padding=2), (6, 6)),
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("name", WIDE)
-def test_pairs_of_positions_are_exact(name, dtype, monkeypatch):
+LARGE = {
+    "two axes": (lambda: nn.Conv2d(9, 12, 3, padding=1), (12, 13)),
+    "stride and dilation": (lambda: nn.Conv2d(8, 8, 3, stride=(2, 1), dilation=(1, 2)), (15, 14)),
+    "more padding than kernel": (lambda: nn.Conv2d(16, 8, 2, padding=(3, 2)), (9, 9)),
+    "groups": (lambda: nn.Conv2d(6, 9, 3, groups=3), (9, 8)),
+    "depthwise": (lambda: nn.Conv2d(6, 12, 3, padding=1, groups=6), (9, 8)),
+    "three axes": (lambda: nn.Conv3d(8, 8, (2, 3, 2)), (5, 6, 7)),
+    "transposed": (lambda: nn.ConvTranspose2d(9, 8, 3, 2, 1, 1, groups=1), (8, 9)),
+    "transposed, groups": (lambda: nn.ConvTranspose2d(16, 16, 3, 2, 1, groups=2), (8, 9)),
+}
+
+
+def is_exact_by(way, case, dtype, monkeypatch):
+    """Assert that a layer is exact; return how often a method was used for that."""
     torch.manual_seed(0)
-    build, size = WIDE[name]
+    build, size = case
     layer = build()
-    used = []
-    in_pairs = Windows._square_sum_in_pairs
-    monkeypatch.setattr(
-        Windows,
-        "_square_sum_in_pairs",
-        lambda term, chunk: used.append(term) or in_pairs(term, chunk),
-    )
+    used, method = [], getattr(Windows, way)
+    monkeypatch.setattr(Windows, way, lambda term, *given: used.append(1) or method(term, *given))
     model = nn.Sequential(layer, nn.Tanh(), nn.Flatten()).to(dtype)
     inputs = torch.randn(5, layer.in_channels, *size, dtype=dtype)
     assert_exact(model, squares, inputs, torch.randn(5, dtype=dtype))
-    assert len(used) == 1
+    return len(used)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", WIDE)
+def test_pairs_of_positions_are_exact(name, dtype, monkeypatch):
+    assert is_exact_by("_square_sum_in_pairs", WIDE[name], dtype, monkeypatch) == 1
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_a_convolution_with_groups_for_examples_is_exact(name, monkeypatch):
+    assert is_exact_by("_convolved", LARGE[name], torch.float32, monkeypatch) >= 1
 
 
 @pytest.mark.parametrize("offset", [0.0, 1e3, 1e5])
