@@ -141,11 +141,14 @@ class Measurement:
 def _exact(tensors: Sequence[Tensor | None]) -> Iterator[None]:
     """Compute in the precision of the operands, whatever autocast and TF32 say."""
     kinds = {tensor.device.type for tensor in tensors if tensor is not None}
+    cast = [kind for kind in kinds if torch.is_autocast_enabled(kind)]
     precision = torch.get_float32_matmul_precision()
+    if not cast and precision == "highest":
+        yield
+        return
     with ExitStack() as stack:
-        for kind in kinds:
-            if torch.is_autocast_enabled(kind):
-                stack.enter_context(torch.autocast(kind, enabled=False))
+        for kind in cast:
+            stack.enter_context(torch.autocast(kind, enabled=False))
         if precision != "highest":
             torch.set_float32_matmul_precision("highest")
             stack.callback(torch.set_float32_matmul_precision, precision)

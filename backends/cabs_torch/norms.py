@@ -22,6 +22,9 @@ _CHUNK = 2**20
 # Squares summed in single precision before the sum goes on in double.
 _BLOCK = 2048
 
+# Elements up to which squares are summed in double precision at once.
+_SMALL = 2**14
+
 # What symmetry saves, measured.
 _SYMMETRIC = 0.85
 
@@ -76,7 +79,7 @@ def rows_of(left: Tensor, right: Tensor, chunk: int | None = None) -> Tensor:
     """
     length, width, height = *left.shape[1:], right.shape[2]
     if length == 1:
-        return (_row_squares(left) * _row_squares(right)).sum()
+        return (_row_norms(left).double() * _row_norms(right)).square().sum()
     # In pairs single precision is enough only if the terms do not cancel, which has to be looked
     # at; on a GPU that would wait for the device.
     is_cheaper = _SYMMETRIC * length * (width + height) < width * height
@@ -136,7 +139,8 @@ def _gram(rows: Tensor, start: int, end: int) -> Tensor:
 
 def square(tensor: Tensor) -> Tensor:
     """Return the sum of squares of all elements."""
-    return squares_of(roots(tensor), tensor.device)
+    found = roots(tensor)
+    return found[0].square().squeeze(0) if len(found[0]) == 1 else squares_of(found, tensor.device)
 
 
 def roots(tensor: Tensor) -> list[Tensor]:
@@ -146,10 +150,11 @@ def roots(tensor: Tensor) -> list[Tensor]:
     double precision of blocks that are summed in single. ``tensor`` can be sparse.
     """
     dense = tensor.coalesce().values() if tensor.is_sparse else tensor
+    if dense.numel() <= _SMALL:
+        # Fewer calls matter more than what they do.
+        return [torch.linalg.vector_norm(dense, dtype=torch.float64).reshape(1)]
     flat = at_least_single(dense).flatten()
     whole = flat.numel() // _BLOCK * _BLOCK
-    if not whole:
-        return [torch.linalg.vector_norm(flat).reshape(1)]
     blocks = [torch.linalg.vector_norm(flat[:whole].view(-1, _BLOCK), dim=1)]
     if whole < flat.numel():
         blocks.append(torch.linalg.vector_norm(flat[whole:]).reshape(1))
@@ -179,11 +184,7 @@ def single_or_double(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
-def _row_squares(rows: Tensor) -> Tensor:
-    """Return the squared norm of each example's only row, shape (n,), in float64."""
-    dtype = single_or_double(rows)
-    return _squared(torch.linalg.vector_norm(rows, dim=(1, 2), dtype=dtype))
-
-
-def _squared(norms: Tensor) -> Tensor:
-    return norms.double().square()
+def _row_norms(rows: Tensor) -> Tensor:
+    """Return the norm of each example's only row, shape (n,)."""
+    norms: Tensor = torch.linalg.vector_norm(rows, dim=(1, 2), dtype=single_or_double(rows))
+    return norms

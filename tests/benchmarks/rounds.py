@@ -24,8 +24,8 @@ from typing import Any
 # How many threads a step may use.
 THREADS = 2
 
-# Seconds that all rounds of one comparison may take, about.
-_PATIENCE = 60.0
+# Seconds that all rounds of a comparison may take, about, if they are more than three.
+_PATIENCE = 100.0
 
 # What the numbers can depend on; each is named if it is installed.
 _DISTRIBUTIONS = (
@@ -77,9 +77,14 @@ def _first(path: str, key: str) -> str:
 
 
 def measure(count: int, *rounds: Callable[[], Any]) -> list[list[float]]:
-    """Return the seconds of ``count`` repetitions of each round, taken in turns after one each."""
+    """Return the seconds of ``count`` repetitions of each round, taken in turns after one each.
+
+    Fewer are taken, but three at least, where that would take minutes.
+    """
+    start = time.perf_counter()
     for run in rounds:
         run()
+    count = min(count, max(3, round(_PATIENCE / (time.perf_counter() - start))))
     seconds: list[list[float]] = [[] for _ in rounds]
     for _ in range(count):
         for run, taken in zip(rounds, seconds, strict=True):
@@ -90,13 +95,8 @@ def measure(count: int, *rounds: Callable[[], Any]) -> list[list[float]]:
 
 
 def compare(count: int, plain: Callable[[], Any], other: Callable[[], Any]) -> dict[str, float]:
-    """Return the quartiles of the time of one round as a ratio to that of a plain one.
-
-    Fewer than ``count`` pairs are taken, but three at least, where that would take minutes.
-    """
-    (taken,) = measure(1, other)
-    fewer = max(3, min(count, round(_PATIENCE / taken[0])))
-    base, taken = measure(fewer, plain, other)
+    """Return the quartiles of the time of one round as a ratio to that of a plain one."""
+    base, taken = measure(count, plain, other)
     return quartiles([b / a for a, b in zip(base, taken, strict=True)])
 
 
