@@ -116,6 +116,8 @@ class EpochSampler(ABC, Generic[Drawn]):
 
         ``left`` may be less than there are, but not less than ``size`` and a smallest batch.
         """
+        if self.world_size <= size <= left - 2 * self.world_size:
+            return size
         if size < min(self.world_size, left):
             raise ValueError(
                 f"a batch of {size} leaves some of {self.world_size} ranks without an example; "
