@@ -87,8 +87,10 @@ class BatchSampler(EpochSampler[npt.NDArray[np.int64]]):
     def _of_this_rank(self, start: int, end: int) -> npt.NDArray[np.int64]:
         if self._order is None or self._order[0] != self._epoch:
             self._order = self._epoch, self._order_of(self._epoch)
-        first = start + (self.rank - start) % self.world_size
         # A copy: what is handed out is the caller's own.
+        if self.world_size == 1:
+            return self._order[1][start:end].copy()
+        first = start + (self.rank - start) % self.world_size
         return self._order[1][first : end : self.world_size].copy()
 
     def _order_of(self, epoch: int) -> npt.NDArray[np.int64]:

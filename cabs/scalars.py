@@ -81,6 +81,8 @@ def as_bool(value: Any, name: str) -> bool:
 
 def as_integer(value: Any, name: str, minimum: int) -> int:
     """Return ``value`` as an int of at least ``minimum``; a float or a bool is an error."""
+    if type(value) is int and value >= minimum:
+        return value
     try:
         integer = operator.index(value)
     except TypeError:
