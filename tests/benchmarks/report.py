@@ -24,6 +24,14 @@ OURS = {
 }
 
 
+# What else than Python and NumPy the numbers of a framework can depend on.
+VERSIONS = {
+    "torch": ("torch", "backpack-for-pytorch", "opacus", "cockpit-for-pytorch"),
+    "jax": ("jax", "jaxlib", "jax-privacy"),
+    "tensorflow": ("tensorflow", "keras"),
+}
+
+
 def table(header: list[str], rows: list[list[str]]) -> str:
     """Return a table in reStructuredText."""
     lines = [".. list-table::", "   :header-rows: 1", ""]
@@ -33,14 +41,21 @@ def table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def framework_of(result: Result) -> str:
+    """Return the framework in which a benchmark runs."""
+    return next((name for name in FRAMEWORKS if name in result["benchmark"]), "torch")
+
+
 def conditions(result: Result) -> str:
     """Return what the numbers depend on, in a sentence."""
     machine = result["machine"]
-    versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
+    wanted = ("python", "cabs-batch-size", "numpy", *VERSIONS[framework_of(result)])
+    known = {name: number for name, number in result["versions"].items() if name in wanted}
+    versions = ", ".join(f"{name} {number}" for name, number in known.items())
     threads = "one thread" if result["threads"] == 1 else f"{result['threads']} threads"
-    on = result.get("device") or (
-        f"{machine['processor']}, {machine['cores']} cores, {machine['memory in GiB']} GiB"
-    )
+    on = f"{machine['processor']}, {machine['cores']} cores, {machine['memory in GiB']} GiB"
+    if result.get("device", "cpu") != "cpu":
+        on = f"{result['device']}, {on}"
     return f"Measured on {result['date']}: {on}; {machine['system']}; {threads}; {versions}.\n"
 
 
@@ -66,7 +81,7 @@ def of_steps(result: Result) -> str:
 def of_peers(result: Result) -> str:
     """Tabulate what others take beside us, and our overhead as a part of the best one's."""
     networks = result["networks"]
-    framework = next(name for name in FRAMEWORKS if name in result["benchmark"])
+    framework = framework_of(result)
     rows, names = [], list(next(iter(networks.values())))
     for label in names:
         cells = []
