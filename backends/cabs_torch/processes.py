@@ -6,6 +6,7 @@ and nowhere else; no wait for a worker is for ever, and no lock that it held is 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -82,6 +83,15 @@ class _Iterator(_MultiProcessingDataLoaderIter):
         super()._reset(loader, first_iter)
 
     def _try_get_data(self, timeout: float = _LOOK) -> Any:
+        end = time.monotonic() + timeout
+        while True:
+            left = end - time.monotonic()
+            found = self._look(min(left, _LOOK) if left > 0.0 else 0.0)
+            if found[0] or left <= _LOOK:
+                return found
+
+    def _look(self, timeout: float) -> Any:
+        """Return whether something was sent, and what; raise if a worker has died."""
         if self._shutdown:
             raise RuntimeError("the data loader's workers were ended while this waited for them")
         try:

@@ -85,15 +85,27 @@ class Windows:
 
     def _can_be_convolved(self) -> bool:
         """Return whether there is a fast convolution of single precision for it."""
+        kernel = self.shape[2:]
         is_wide = self.shape[1] >= _WIDE or self.groups > 1
         return (
             is_wide
+            and len(kernel) == 2
+            and min(kernel) > 1
             and self.inputs.shape[1] == 1
-            and math.prod(self.shape[3:]) > 1
             and norms.may_look(self.inputs.device)
             and self.inputs.dtype != torch.float64
             and torch.backends.mkldnn.is_available()
+            and torch._C._get_mkldnn_enabled()
+            and self._positions() == tuple(self.cotangents.shape[3:])
         )
+
+    def _positions(self) -> Shape:
+        """Return how many positions a convolution of the inputs has along each axis.
+
+        One that was transposed, with output padding, can have had fewer.
+        """
+        axes = zip(self._grid(), self.shape[2:], self.dilation, self.stride, strict=True)
+        return tuple((g - (k - 1) * d - 1) // s + 1 for g, k, d, s in axes)
 
     def _convolved(self) -> Tensor:
         """Return the gradients of the weight, (n x out, in / groups, *kernel).

@@ -216,11 +216,11 @@ class Dying(torch.utils.data.Dataset):
             os.kill(os.getpid(), signal.SIGKILL)
         return index
 
-lag, persistent = int(sys.argv[1]), bool(int(sys.argv[2]))
+lag, persistent, timeout = int(sys.argv[1]), bool(int(sys.argv[2])), float(sys.argv[3])
 dataset = Dying()
 order = torch.cat(list(cabs_torch.loader(dataset, 200))).tolist()
 batches = cabs_torch.loader(
-    dataset, 9, num_workers=2, lag=lag, persistent_workers=persistent
+    dataset, 9, num_workers=2, lag=lag, persistent_workers=persistent, timeout=timeout
 )
 inside = False
 try:
@@ -246,9 +246,10 @@ for loader in (batches, other):
 """
 
 
-@pytest.mark.parametrize(("lag", "persistent"), [(0, 0), (0, 1), (1, 0)])
-def test_a_worker_that_dies_is_an_error_and_nothing_is_lost(lag, persistent):
-    command = [sys.executable, "-W", "ignore", "-c", DYING, str(lag), str(persistent)]
+# The last waits for longer than the process may live, where the dead are not looked for meanwhile.
+@pytest.mark.parametrize("options", ["0 0 0", "0 1 0", "1 0 0", "0 0 1000"])
+def test_a_worker_that_dies_is_an_error_and_nothing_is_lost(options):
+    command = [sys.executable, "-W", "ignore", "-c", DYING, *options.split()]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 0, done.stderr
 

@@ -25,7 +25,6 @@ LARGE = {
     "more padding than kernel": (lambda: nn.Conv2d(16, 8, 2, padding=(3, 2)), (9, 9)),
     "groups": (lambda: nn.Conv2d(6, 9, 3, groups=3), (9, 8)),
     "depthwise": (lambda: nn.Conv2d(6, 12, 3, padding=1, groups=6), (9, 8)),
-    "three axes": (lambda: nn.Conv3d(8, 8, (2, 3, 2)), (5, 6, 7)),
     "transposed": (lambda: nn.ConvTranspose2d(9, 8, 3, 2, 1, 1, groups=1), (8, 9)),
     "transposed, groups": (lambda: nn.ConvTranspose2d(16, 16, 3, 2, 1, groups=2), (8, 9)),
 }
@@ -53,6 +52,25 @@ def test_pairs_of_positions_are_exact(name, dtype, monkeypatch):
 @pytest.mark.parametrize("name", LARGE)
 def test_a_convolution_with_groups_for_examples_is_exact(name, monkeypatch):
     assert is_exact_by("_convolved", LARGE[name], torch.float32, monkeypatch) >= 1
+
+
+OTHERS = {
+    "more output padding than stride": (
+        lambda: nn.ConvTranspose2d(8, 8, 3, padding=1, output_padding=1, dilation=2),
+        (6, 6),
+    ),
+    "the same, three axes": (
+        lambda: nn.ConvTranspose3d(8, 8, 2, output_padding=1, dilation=2),
+        (4, 3, 4),
+    ),
+    "three axes": (lambda: nn.Conv3d(8, 8, (2, 3, 2)), (5, 6, 7)),
+    "a row": (lambda: nn.Conv2d(16, 16, (1, 5)), (4, 12)),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_what_no_fast_convolution_gives_is_exact_too(name, monkeypatch):
+    assert is_exact_by("_convolved", OTHERS[name], torch.float32, monkeypatch) == 0
 
 
 @pytest.mark.parametrize("offset", [0.0, 1e3, 1e5])
