@@ -96,7 +96,8 @@ def package(session: nox.Session) -> None:
     install(session, f"{wheel}[jax,tensorflow,torch,plot]", groups=("test",))
     away = Path(session.create_tmp()) / "away"
     shutil.rmtree(away, ignore_errors=True)
-    shutil.copytree(ROOT / "tests", away / "tests")
+    for needed in ("tests", "docs/benchmarks"):
+        shutil.copytree(ROOT / needed, away / needed)
     shutil.copy(ROOT / "pyproject.toml", away)
     session.chdir(away)
     session.run("python", "-c", PROVE_INSTALLED)

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from networks_torch import GPT, Batch, text
-from rounds import THREADS, describe, measure, options, quartiles, write
+from rounds import THREADS, describe, measure, options, quartiles, ratio, write
 from steps_torch import full, plain
 from torch import nn
 
@@ -95,12 +95,12 @@ def main() -> None:
             data = axis.build(size)
             steps = partial(plain, data), partial(full, data)
             off, on = measure(pairs_for(steps[0]), *steps)
-            ratio = quartiles([b / a for a, b in zip(off, on, strict=True)])
+            found = ratio(off, on)
             for label, taken in (("off", off), ("on", on)):
                 times[label].append(quartiles(taken)["median"])
-            row = {"size": size, "on : off": ratio, "milliseconds off": 1e3 * times["off"][-1]}
+            row = {"size": size, "on : off": found, "milliseconds off": 1e3 * times["off"][-1]}
             rows.append(row)
-            print(f"  {size}: {row['milliseconds off']:.2f} ms, on : off {ratio['median']:.3f}")
+            print(f"  {size}: {row['milliseconds off']:.2f} ms, on : off {found['median']:.3f}")
         exponents = {label: exponent(axis.sizes, taken) for label, taken in times.items()}
         print(f"  exponents: {exponents['off']:.2f} off, {exponents['on']:.2f} on")
         result[name] = {"sizes": rows, "exponents": exponents}

@@ -18,7 +18,7 @@ from typing import Any
 
 import tensorflow as tf
 from networks_tensorflow import NETWORKS, Batch, batch
-from rounds import compare, describe, high_water_mark, in_words, options, peak, write
+from rounds import compare, describe, in_words, options, peak, report_peak, write
 from steps_tensorflow import Step, full, limit_threads, plain
 
 PAIRS = 5
@@ -118,16 +118,6 @@ def report_ratio(name: str, label: str) -> None:
     print(json.dumps(compare(PAIRS, taker("plain", data), step)))
 
 
-def report_peak(name: str, label: str) -> None:
-    """Take some steps in this process, and print the peak."""
-    limit_threads()
-    before = high_water_mark()
-    step = taker(label, batch(name))
-    for _ in range(3):
-        step()
-    print(high_water_mark() - before)
-
-
 def in_a_process(*arguments: str) -> str:
     """Return what this script prints last in a process of its own; RuntimeError if it fails."""
     command = [sys.executable, __file__, *arguments]
@@ -166,8 +156,11 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    reports = {"--ratio": report_ratio, "--peak": report_peak}
-    if sys.argv[1:] and sys.argv[1] in reports:
-        reports[sys.argv[1]](*sys.argv[2:])
+    if sys.argv[1:2] == ["--ratio"]:
+        report_ratio(*sys.argv[2:])
+    elif sys.argv[1:2] == ["--peak"]:
+        limit_threads()
+        name, label = sys.argv[2:]
+        report_peak(lambda: taker(label, batch(name)))
     else:
         main()

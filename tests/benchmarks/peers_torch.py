@@ -24,10 +24,10 @@ from rounds import (
     THREADS,
     compare,
     describe,
-    high_water_mark,
     in_words,
     options,
     peak,
+    report_peak,
     write,
 )
 from steps_torch import full, plain
@@ -190,22 +190,9 @@ def taker(label: str, data: Batch) -> Callable[[], object]:
     return partial(own[label], data) if label in own else PEERS[label](data)
 
 
-def report_peak(name: str, label: str) -> None:
-    """Take some steps in this process, and print the peak."""
-    torch.set_num_threads(THREADS)
-    warnings.simplefilter("ignore")
-    before = high_water_mark()
-    step = taker(label, batch(name))
-    for _ in range(3):
-        step()
-    print(high_water_mark() - before)
-
-
 def main() -> None:
     """Measure, print, and write."""
     chosen = options(__doc__)
-    torch.set_num_threads(THREADS)
-    warnings.simplefilter("ignore")
     result: dict[str, object] = {}
     for name, network in NETWORKS.items():
         print(f"{name}, m = {network.examples}")
@@ -227,7 +214,10 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(THREADS)
+    warnings.simplefilter("ignore")
     if sys.argv[1:2] == ["--peak"]:
-        report_peak(*sys.argv[2:])
+        name, label = sys.argv[2:]
+        report_peak(lambda: taker(label, batch(name)))
     else:
         main()

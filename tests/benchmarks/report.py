@@ -22,8 +22,6 @@ OURS = {
     "jax": ":func:`cabs_jax.value_and_grad`",
     "tensorflow": ":class:`cabs_tensorflow.GradientTape`",
 }
-
-
 # What else than Python and NumPy the numbers of a framework can depend on.
 VERSIONS = {
     "torch": ("torch", "backpack-for-pytorch", "opacus", "cockpit-for-pytorch"),
@@ -64,36 +62,31 @@ def spread(found: Result) -> str:
     return f"{found['median']:.2f} ({found['lower']:.2f} to {found['upper']:.2f})"
 
 
+def time_and_memory(found: Result) -> str:
+    """Return what a step took, on against off."""
+    return f"{spread(found['on : off'])}; {found['memory, on : off']:.2f}"
+
+
 def of_steps(result: Result) -> str:
     """Tabulate what statistics add to a step."""
     rows = []
     labels = list(next(iter(result["networks"].values())))
     labels = [label for label in labels if label != "relative error"]
     for network, found in result["networks"].items():
-        cells = [
-            f"{spread(found[label]['on : off'])}; {found[label]['memory, on : off']:.2f}"
-            for label in labels
-        ]
-        rows.append([network, *cells])
+        rows.append([network, *(time_and_memory(found[label]) for label in labels)])
     return table(["network", *(f"{label}: time; memory" for label in labels)], rows)
 
 
 def of_peers(result: Result) -> str:
     """Tabulate what others take beside us, and our overhead as a part of the best one's."""
     networks = result["networks"]
-    framework = framework_of(result)
     rows, names = [], list(next(iter(networks.values())))
     for label in names:
         cells = []
         for found in networks.values():
             one = found[label]
-            memory = one.get("memory, on : off")
-            cells.append(
-                "refused"
-                if "refused" in one
-                else spread(one["on : off"]) + ("" if memory is None else f"; {memory:.2f}")
-            )
-        rows.append([OURS[framework] if label == "cabs" else label, *cells])
+            cells.append("refused" if "refused" in one else time_and_memory(one))
+        rows.append([OURS[framework_of(result)] if label == "cabs" else label, *cells])
     parts = [part_of_best(found) for found in networks.values()]
     rows.append(["**our overhead, of the best other's**", *parts])
     return table(["time; memory", *networks], rows)

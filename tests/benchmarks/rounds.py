@@ -96,7 +96,11 @@ def measure(count: int, *rounds: Callable[[], Any]) -> list[list[float]]:
 
 def compare(count: int, plain: Callable[[], Any], other: Callable[[], Any]) -> dict[str, float]:
     """Return the quartiles of the time of one round as a ratio to that of a plain one."""
-    base, taken = measure(count, plain, other)
+    return ratio(*measure(count, plain, other))
+
+
+def ratio(base: list[float], taken: list[float]) -> dict[str, float]:
+    """Return the quartiles of the ratios of neighbours, of what was taken to the base."""
     return quartiles([b / a for a, b in zip(base, taken, strict=True)])
 
 
@@ -113,7 +117,16 @@ def peak(script: str, *arguments: str) -> int:
     return int(run.stdout.splitlines()[-1])
 
 
-def high_water_mark() -> int:
+def report_peak(start: Callable[[], Callable[[], Any]]) -> None:
+    """Take some steps of what is started in this process, and print the peak, for :func:`peak`."""
+    before = _high_water_mark()
+    step = start()
+    for _ in range(3):
+        step()
+    print(_high_water_mark() - before)
+
+
+def _high_water_mark() -> int:
     """Return the most memory that this process has had so far, in KiB; on Linux."""
     # Not getrusage(), which starts from what the parent process had.
     return int(_first("/proc/self/status", "VmHWM").split()[0])

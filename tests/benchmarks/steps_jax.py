@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from networks_jax import NETWORKS, Network
-from rounds import describe, measure, options, quartiles, write
+from rounds import describe, measure, options, quartiles, ratio, write
 
 import cabs_jax
 
@@ -129,16 +129,16 @@ def main() -> int:
                     step(parameters, batch)
                 runs.append(partial(run, step, parameters, batch))
             seconds = measure(network.pairs, *runs)
-            ratio = quartiles([b / a for a, b in zip(*seconds, strict=True)])
+            found = ratio(*seconds)
             rows[label] = {
-                "on : off": ratio,
+                "on : off": found,
                 "milliseconds off": quartiles([1e3 * one for one in seconds[0]]),
                 "compilation, on : off": compiling[1] / compiling[0],
                 "memory, on : off": memory[1] / memory[0],
             }
             print(
-                f"  {label}: on : off {ratio['median']:.3f} "
-                f"({ratio['lower']:.3f} to {ratio['upper']:.3f}), compilation "
+                f"  {label}: on : off {found['median']:.3f} "
+                f"({found['lower']:.3f} to {found['upper']:.3f}), compilation "
                 f"{compiling[0]:.2f} to {compiling[1]:.2f} s, temporaries {memory[0] / 2**20:.0f} "
                 f"to {memory[1] / 2**20:.0f} MiB"
             )

@@ -19,7 +19,7 @@ from typing import Any
 
 import tensorflow as tf
 from networks_tensorflow import NETWORKS, Batch, batch
-from rounds import THREADS, describe, high_water_mark, measure, options, peak, quartiles, write
+from rounds import THREADS, describe, measure, options, peak, quartiles, ratio, report_peak, write
 
 import cabs_tensorflow
 
@@ -134,16 +134,6 @@ def limit_threads() -> None:
     tf.config.threading.set_inter_op_parallelism_threads(THREADS)
 
 
-def report_peak(name: str, label: str, at: str) -> None:
-    """Run some steps in this process, and print the peak."""
-    limit_threads()
-    before = high_water_mark()
-    step = traced(label, int(at), batch(name))
-    for _ in range(3):
-        step()
-    print(high_water_mark() - before)
-
-
 def main() -> int:
     """Check, measure, print, and write; return how much is wrong."""
     wrong = 0
@@ -165,18 +155,18 @@ def main() -> int:
                 starts.append(min(taken, started(label, at, data)[1]))
                 steps.append(step)
             seconds = measure(network.pairs, *steps)
-            ratio = quartiles([b / a for a, b in zip(*seconds, strict=True)])
+            found = ratio(*seconds)
             peaks = [peak(__file__, name, label, str(at)) for at in (0, 1)]
             memory = peaks[1] / peaks[0]
             rows[label] = {
-                "on : off": ratio,
+                "on : off": found,
                 "milliseconds off": quartiles([1e3 * one for one in seconds[0]]),
                 "tracing and first step, on : off": starts[1] / starts[0],
                 "memory, on : off": memory,
             }
             print(
-                f"  {label}: on : off {ratio['median']:.3f} "
-                f"({ratio['lower']:.3f} to {ratio['upper']:.3f}), tracing and first step "
+                f"  {label}: on : off {found['median']:.3f} "
+                f"({found['lower']:.3f} to {found['upper']:.3f}), tracing and first step "
                 f"{starts[0]:.2f} to {starts[1]:.2f} s, memory {memory:.2f}"
             )
         result[name] = rows
@@ -186,6 +176,8 @@ def main() -> int:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--peak"]:
-        report_peak(*sys.argv[2:])
+        limit_threads()
+        name, label, at = sys.argv[2:]
+        report_peak(lambda: traced(label, int(at), batch(name)))
     else:
         sys.exit(min(main(), 1))

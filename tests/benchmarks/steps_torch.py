@@ -14,7 +14,7 @@ from functools import partial
 
 import torch
 from networks_torch import NETWORKS, Batch, batch
-from rounds import THREADS, describe, high_water_mark, measure, options, peak, quartiles, write
+from rounds import THREADS, describe, measure, options, peak, quartiles, ratio, report_peak, write
 
 import cabs_torch
 
@@ -71,16 +71,6 @@ STEPS: dict[str, tuple[Callable[[Batch], None], Callable[[Batch], None]]] = {
 }
 
 
-def report_peak(name: str, step: str) -> None:
-    """Run some steps in this process, and print the peak."""
-    torch.set_num_threads(THREADS)
-    before = high_water_mark()
-    data = batch(name)
-    for _ in range(3):
-        globals()[step](data)
-    print(high_water_mark() - before)
-
-
 def main() -> None:
     """Measure, print, and write."""
     chosen = options(__doc__)
@@ -91,17 +81,17 @@ def main() -> None:
         data, rows = batch(name), {}
         for label, (off, on) in STEPS.items():
             seconds = measure(network.pairs, partial(off, data), partial(on, data))
-            ratio = quartiles([b / a for a, b in zip(*seconds, strict=True)])
+            found = ratio(*seconds)
             peaks = [peak(__file__, name, step.__name__) for step in (off, on)]
             memory = peaks[1] / peaks[0]
             rows[label] = {
-                "on : off": ratio,
+                "on : off": found,
                 "milliseconds off": quartiles([1e3 * one for one in seconds[0]]),
                 "memory, on : off": memory,
             }
             print(
-                f"  {label}: on : off {ratio['median']:.3f} "
-                f"({ratio['lower']:.3f} to {ratio['upper']:.3f}), memory {memory:.2f}"
+                f"  {label}: on : off {found['median']:.3f} "
+                f"({found['lower']:.3f} to {found['upper']:.3f}), memory {memory:.2f}"
             )
         result[name] = rows
     write(chosen, {**describe(), "networks": result})
@@ -109,6 +99,8 @@ def main() -> None:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--peak"]:
-        report_peak(*sys.argv[2:])
+        torch.set_num_threads(THREADS)
+        name, step = sys.argv[2:]
+        report_peak(lambda: partial(globals()[step], batch(name)))
     else:
         main()
