@@ -1,8 +1,8 @@
 """One command an intent, the same here and in continuous integration.
 
 ``nox -s tests`` (core on each supported Python found, and each framework on this one), ``lint``,
-``docs``, ``package``, ``soak``, ``bench``. Only the Pythons that are missing are skipped, and said
-to be; a framework that cannot be installed is an error.
+``docs``, ``package``, ``soak``, ``bench``, ``study``. Only the Pythons that are missing are
+skipped, and said to be; a framework that cannot be installed is an error.
 """
 
 import os
@@ -147,3 +147,20 @@ def bench(session: nox.Session) -> None:
         script = f"tests/benchmarks/{name}.py"
         session.run("python", script, "--json", str(results / f"{name}.json"))
     session.run("python", "tests/benchmarks/report.py", str(results))
+
+
+@nox.session
+def study(session: nox.Session) -> None:
+    """Make the runs of the paper's study that are missing, and its tables: ``-- DATA_DIR``.
+
+    Takes hours on two cores where none is there; nothing else should run meanwhile.
+    """
+    (data,) = session.posargs
+    install(session, "-e", ".[examples]")
+    # Run beside the library and never part of it, for its licence is another.
+    session.install("mice==1.0.5")
+    results = str(ROOT / "docs" / "study" / "results")
+    for script, options in (("study", ("--jobs", "2")), ("convex", ())):
+        command = ("python", f"examples/paper/{script}.py", "--data-dir", data, "--out", results)
+        session.run(*command, *options)
+    session.run("python", "examples/paper/report.py", results)

@@ -49,7 +49,8 @@ class GPT(nn.Module):
 
     def forward(self, text: Tensor) -> Tensor:
         """Map (m, T) characters to (m, T, characters) scores of the next ones."""
-        hidden = self.characters(text) + self.places(torch.arange(text.shape[1]))
+        places = torch.arange(text.shape[1], device=text.device)
+        hidden = self.characters(text) + self.places(places)
         return self.out(self.norm(self.blocks(hidden)))
 
 

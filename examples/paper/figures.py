@@ -1,0 +1,136 @@
+"""Draws a study: a figure for the comparison of methods on a problem, and one for each variant.
+
+Guarantees: lines are medians over seeds; batch sizes are those of single runs.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from pages import save
+from results import Run, Runs, best_of, by_rate, number, recipes_of
+from runs import Point
+
+
+def middle_curve(
+    runs: Sequence[Run], across: Callable[[Point], float], up: Callable[[Point], float | None]
+) -> tuple[list[float], list[float]]:
+    """Return the medians over seeds of two columns, point by point."""
+    found: tuple[list[float], list[float]] = ([], [])
+    for points in zip(*(run.curve for run in runs), strict=False):
+        values = [up(point) for point in points]
+        if None not in values:
+            found[0].append(statistics.median(map(across, points)))
+            found[1].append(statistics.median(number(value) for value in values))
+    return found
+
+
+def thousands(point: Point) -> float:
+    """Return how many thousands of examples were seen."""
+    return point.examples / 1000.0
+
+
+def sizes(run: Run) -> tuple[list[float], list[float]]:
+    """Return thousands of examples seen, and the mean batch size of each stretch."""
+    starts = [Point(0, 0, 0.0, 0.0, None, None), *run.curve[:-1]]
+    pairs = list(zip(starts, run.curve, strict=True))
+    means = [(b.examples - a.examples) / (b.steps - a.steps) for a, b in pairs]
+    return [thousands(point) for point in run.curve], means
+
+
+def look(recipe: str, place: int) -> dict[str, Any]:
+    """Return how a recipe's line is drawn: ours black, constants from light to dark."""
+    if recipe == "CABS":
+        return {"color": "black", "linewidth": 2.0, "zorder": 3}
+    words = recipe.split()
+    if words[0] == "constant" and len(words) == 2:
+        from matplotlib import colormaps
+
+        shade = colormaps["Blues"](0.3 + 0.7 * (math.log2(int(words[1])) - 4) / 5)
+        return {"color": shade, "linewidth": 1.2}
+    return {"color": f"C{1 + place % 9}", "linewidth": 1.2}
+
+
+def draw_comparison(problem: str, runs: Runs, path: Path) -> None:
+    """Draw losses and accuracies at the best rates, losses over rates, and the rule's sizes."""
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11.0, 6.4), layout="constrained")
+    panels = figure.subplots(2, 3).ravel()
+    over = [
+        ("examples, thousands", thousands, lambda point: point.loss),
+        ("steps", lambda point: point.steps, lambda point: point.loss),
+        ("seconds", lambda point: point.seconds, lambda point: point.loss),
+        ("examples, thousands", thousands, lambda point: point.accuracy),
+    ]
+    for place, recipe in enumerate(recipes_of(runs)):
+        rate, best = best_of(runs, recipe)
+        style = look(recipe, place)
+        for panel, (_, across, up) in zip(panels, over, strict=False):
+            panel.plot(*middle_curve(best, across, up), label=f"{recipe}, at {rate:g}", **style)
+        losses = by_rate(runs, recipe)
+        panels[4].plot(list(losses), list(losses.values()), "o-", markersize=3, **style)
+    for panel, (label, _, _) in zip(panels, over, strict=False):
+        panel.set(xlabel=label, ylabel="training loss", yscale="log")
+    panels[1].set_xscale("log")
+    panels[3].set(ylabel="test accuracy", yscale="linear")
+    panels[4].set(xlabel="learning rate", ylabel="final loss", xscale="log", yscale="log")
+    rates = [rate for recipe, rate in runs if recipe == "CABS"]
+    for place, rate in enumerate(rates):
+        shade = colormaps["viridis"](0.9 * place / max(1, len(rates) - 1))
+        panels[5].plot(*sizes(runs["CABS", rate][0]), color=shade, label=f"{rate:g}")
+    panels[5].set(xlabel="examples, thousands", ylabel="batch size of CABS, by rate", yscale="log")
+    panels[3].legend(frameon=False, fontsize=7)
+    panels[5].legend(frameon=False, fontsize=7)
+    figure.suptitle(problem, fontsize=10)
+    save(figure, path)
+
+
+def draw_summary(problems: dict[str, Runs], path: Path) -> None:
+    """Draw, a column for each problem, losses over learning rates and at the best rates."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10.0, 5.6), layout="constrained")
+    rows = figure.subplots(2, len(problems), squeeze=False)
+    for (problem, runs), tuned, trained in zip(problems.items(), *rows, strict=True):
+        for place, recipe in enumerate(recipes_of(runs)):
+            style = {**look(recipe, place), "label": recipe}
+            losses = by_rate(runs, recipe)
+            tuned.plot(list(losses), list(losses.values()), "o-", markersize=3, **style)
+            _, best = best_of(runs, recipe)
+            trained.plot(*middle_curve(best, thousands, lambda p: p.loss), **style)
+        tuned.set(title=problem, xlabel="learning rate", xscale="log", yscale="log")
+        trained.set(xlabel="examples, thousands", yscale="log")
+    rows[0, 0].set_ylabel("final training loss")
+    rows[1, 0].set_ylabel("training loss at the best rate")
+    rows[1, -1].legend(frameon=False, fontsize=7)
+    save(figure, path)
+
+
+def draw_variants(runs: Runs, path: Path) -> None:
+    """Draw losses and batch sizes over examples, a column for each learning rate."""
+    from matplotlib.figure import Figure
+
+    rates = sorted({rate for _, rate in runs})
+    figure = Figure(figsize=(1.0 + 3.4 * len(rates), 5.2), layout="constrained")
+    panels = figure.subplots(2, len(rates), sharex=True, squeeze=False)
+    for column, rate in enumerate(rates):
+        losses, batches = panels[:, column]
+        for place, recipe in enumerate(recipes_of(runs)):
+            style = {**look(recipe, place), "label": recipe}
+            some = runs[recipe, rate]
+            losses.plot(*middle_curve(some, thousands, lambda p: p.loss), **style)
+            for run in some:
+                batches.plot(*sizes(run), **style)
+                style.pop("label", None)
+        losses.set(title=f"learning rate {rate:g}", yscale="log")
+        batches.set(xlabel="examples, thousands", yscale="log")
+    panels[0, 0].set_ylabel("training loss")
+    panels[1, 0].set_ylabel("batch size, of every seed")
+    panels[0, -1].legend(frameon=False, fontsize=7)
+    save(figure, path)
