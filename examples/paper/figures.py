@@ -1,6 +1,6 @@
 """Draws a study: a figure for the comparison of methods on a problem, and one for each variant.
 
-Guarantees: lines are medians over seeds; batch sizes are those of single runs.
+Guarantees: lines are medians over seeds, but for batch sizes, which are those of single runs.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def draw_comparison(problem: str, runs: Runs, path: Path) -> None:
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11.0, 6.4), layout="constrained")
+    figure = Figure(figsize=(11.0, 6.8), layout="constrained")
     panels = figure.subplots(2, 3).ravel()
     over = [
         ("examples, thousands", thousands, lambda point: point.loss),
@@ -85,7 +85,8 @@ def draw_comparison(problem: str, runs: Runs, path: Path) -> None:
         shade = colormaps["viridis"](0.9 * place / max(1, len(rates) - 1))
         panels[5].plot(*sizes(runs["CABS", rate][0]), color=shade, label=f"{rate:g}")
     panels[5].set(xlabel="examples, thousands", ylabel="batch size of CABS, by rate", yscale="log")
-    panels[3].legend(frameon=False, fontsize=7)
+    lines = panels[3].get_legend_handles_labels()
+    figure.legend(*lines, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
     panels[5].legend(frameon=False, fontsize=7)
     figure.suptitle(problem, fontsize=10)
     save(figure, path)
@@ -108,29 +109,37 @@ def draw_summary(problems: dict[str, Runs], path: Path) -> None:
         trained.set(xlabel="examples, thousands", yscale="log")
     rows[0, 0].set_ylabel("final training loss")
     rows[1, 0].set_ylabel("training loss at the best rate")
-    rows[1, -1].legend(frameon=False, fontsize=7)
+    lines = rows[1, 0].get_legend_handles_labels()
+    figure.legend(*lines, loc="outside right center", frameon=False, fontsize=8)
     save(figure, path)
 
 
 def draw_variants(runs: Runs, path: Path) -> None:
-    """Draw losses and batch sizes over examples, a column for each learning rate."""
+    """Draw losses, sizes and what rules asked for, a column for each rate that did not diverge."""
     from matplotlib.figure import Figure
 
-    rates = sorted({rate for _, rate in runs})
-    figure = Figure(figsize=(1.0 + 3.4 * len(rates), 5.2), layout="constrained")
-    panels = figure.subplots(2, len(rates), sharex=True, squeeze=False)
+    rates = sorted({rate for (_, rate), some in runs.items() if is_finite(some)})
+    figure = Figure(figsize=(1.0 + 3.4 * len(rates), 7.0), layout="constrained")
+    panels = figure.subplots(3, len(rates), sharex=True, squeeze=False)
     for column, rate in enumerate(rates):
-        losses, batches = panels[:, column]
+        losses, batches, wishes = panels[:, column]
         for place, recipe in enumerate(recipes_of(runs)):
-            style = {**look(recipe, place), "label": recipe}
+            style = look(recipe, place)
             some = runs[recipe, rate]
-            losses.plot(*middle_curve(some, thousands, lambda p: p.loss), **style)
+            losses.plot(*middle_curve(some, thousands, lambda p: p.loss), label=recipe, **style)
+            wishes.plot(*middle_curve(some, thousands, lambda p: p.asked), **style)
             for run in some:
                 batches.plot(*sizes(run), **style)
-                style.pop("label", None)
         losses.set(title=f"learning rate {rate:g}", yscale="log")
-        batches.set(xlabel="examples, thousands", yscale="log")
+        batches.set(yscale="log")
+        wishes.set(xlabel="examples, thousands", yscale="log")
     panels[0, 0].set_ylabel("training loss")
     panels[1, 0].set_ylabel("batch size, of every seed")
+    panels[2, 0].set_ylabel("what the rule asked for")
     panels[0, -1].legend(frameon=False, fontsize=7)
     save(figure, path)
+
+
+def is_finite(runs: Sequence[Run]) -> bool:
+    """Return whether a run did not diverge."""
+    return any(math.isfinite(run.final_loss) for run in runs)

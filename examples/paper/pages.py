@@ -50,8 +50,18 @@ def spread(values: Sequence[float], form: str) -> str:
 def save(figure: Figure, path: Path) -> None:
     """Write a figure as SVG, with text as text, and without a date."""
     import matplotlib as mpl
+    from matplotlib.ticker import LogFormatter
+
+    class Plain(LogFormatter):
+        def __call__(self, x: float, pos: int | None = None) -> str:
+            return f"{x:,g}" if super().__call__(x, pos) else ""
 
     for panel in figure.axes:
         panel.spines[["top", "right"]].set_visible(False)
+        for axis in (panel.xaxis, panel.yaxis):
+            if axis.get_scale() == "log":
+                axis.set_major_formatter(Plain())
+                # Other ticks than powers of ten have numbers where there are few of these.
+                axis.set_minor_formatter(Plain(minor_thresholds=(1.5, 0.6)))
     with mpl.rc_context({"svg.hashsalt": "cabs", "svg.fonttype": "none"}):
         figure.savefig(path, metadata={"Date": None})
