@@ -153,7 +153,8 @@ class Controller:
         reading a tensor waits for its device.
 
         Args:
-            learning_rate: :math:`\eta`, or one per parameter group.
+            learning_rate: :math:`\eta`, or one per parameter group; with momentum :math:`\beta`,
+                :math:`\eta / (1 - \beta)`.
             loss: Mean loss of the batch.
             variance_trace: Estimate of :math:`\mathrm{tr}(\Sigma)` for one example's gradient
                 (:attr:`cabs.GradientStatistics.variance_trace`), or one per parameter group. May be

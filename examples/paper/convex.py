@@ -34,8 +34,8 @@ SEEDS = (0, 1, 2)
 # How much the evaluations grow from one look at the full gradient to the next.
 GROWTH = 1.03
 POINTS = 25
-# The budget of a quick run.
-QUICK = 15_000
+# The budget of a quick run, and its only rate.
+QUICK, QUICK_RATE = 15_000, 1.0
 # Beyond so many times the first norm a run has diverged.
 DIVERGED = 1e4
 
@@ -46,6 +46,7 @@ class Study(NamedTuple):
     methods: tuple[str, ...]
     # Times L.
     rates: tuple[float, ...]
+    # The last one ends a run; without any, all runs spend the budget.
     norms: tuple[float, ...]
     budget: int
 
@@ -61,24 +62,26 @@ class Setting(NamedTuple):
 
 
 _CONSTANT = ("constant 16", "constant 128", "constant 1024")
+# As small as CABS may take them.
+_FEW = ("constant 2", "constant 4", "constant 8")
 _ADAPTIVE = ("norm test, 0.5", "norm test, 0.9", MICE, "CABS")
 _KNOWN = ("CABS, known floor", "CABS, known floor, smoothing 0.5")
 _FALLING = ("constant 16, falling rate", "CABS, falling rate")
 _TOLD = ("rule, told", "optimum of the bound, told", "exact optimum, told")
 FINITE = Study(
-    ("full gradient", *_CONSTANT, *_ADAPTIVE, *_KNOWN, *_FALLING),
-    (0.1, 0.3, 1.0, 3.0, 6.0),
+    ("full gradient", *_FEW, *_CONSTANT, *_ADAPTIVE, *_KNOWN, *_FALLING),
+    (0.03, 0.1, 0.3, 1.0, 3.0, 6.0),
     (0.1, 0.03, 0.01, 0.003),
     300_000,
 )
 KNOWN = Study(
     (*_CONSTANT, *_ADAPTIVE, "CABS, smoothing 0.5", *_TOLD),
-    (0.1, 0.5, 1.0, 1.5),
+    (0.01, 0.03, 0.1, 0.5, 1.0, 1.5),
     (1.0, 0.3, 0.1, 0.05),
     300_000,
 )
 STALLED = Study(
-    ("constant 16", "CABS", *_FALLING, "CABS, known floor"), (0.1, 0.5, 1.0), (0.05,), 300_000
+    ("constant 16", "CABS", *_FALLING, "CABS, known floor"), (0.1, 0.5, 1.0), (), 300_000
 )
 STUDIES: dict[str, Study] = {
     # Where the penalty leaves little curvature at the end, more is better for many.
@@ -106,7 +109,7 @@ def settings(options: argparse.Namespace) -> Iterator[Setting]:
             continue
         budget = min(study.budget, QUICK) if options.quick else study.budget
         for method in study.methods:
-            for rate in study.rates[2:3] if options.quick else study.rates:
+            for rate in (QUICK_RATE,) if options.quick else study.rates:
                 # Nothing is random in the full gradient.
                 seeds = SEEDS[:1] if options.quick or method == "full gradient" else SEEDS
                 for seed in seeds:
@@ -138,7 +141,7 @@ def run(setting: Setting, of: Problem) -> dict[str, Any]:
         for wanted in norms:
             if norm <= wanted:
                 reached.setdefault(wanted, step.evaluations)
-        if norms[-1] in reached:
+        if norms and norms[-1] in reached:
             outcome = "reached"
             break
     late = [loss - of.floor for at, loss, _, _ in looks if 2 * at >= looks[-1][0]]
@@ -149,7 +152,7 @@ def run(setting: Setting, of: Problem) -> dict[str, Any]:
         "learning_rate": short(rate),
         "outcome": outcome,
         "reached": {str(wanted): reached.get(wanted) for wanted in norms},
-        # Over the second half of what was spent.
+        # Over the looks of the second half of what was spent.
         "late_excess": short(math.fsum(late) / len(late)),
         "curve": [[looks[at][0], short(looks[at][2]), looks[at][3]] for at in kept],
         **(told if isinstance(of, Quadratic) and setting.method == "CABS" else {}),

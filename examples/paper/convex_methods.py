@@ -48,9 +48,9 @@ class Constant:
 class NormTest(Constant):
     """The norm test on each batch alone; a size that fails it grows, and none shrinks."""
 
-    def __init__(self, theta: float) -> None:
+    def __init__(self, largest: int, theta: float) -> None:
         super().__init__(FIRST)
-        self._theta = theta
+        self._largest, self._theta = largest, theta
 
     def update(self, rate: float, batch: Batch) -> None:  # noqa: ARG002
         """Grow if the batch fails the test."""
@@ -60,7 +60,7 @@ class NormTest(Constant):
             gradient_square=found.mean_square,
             theta=self._theta,
         )
-        self._size = int(np.ceil(min(max(asked, self._size), Quadratic.largest)))
+        self._size = int(np.ceil(min(max(asked, self._size), self._largest)))
 
 
 class Cabs(Constant):
@@ -113,11 +113,14 @@ def coupled(*, is_floor_known: bool, smoothing: float = 0.95) -> Callable[[Probl
 
 
 RECIPES: dict[str, Recipe] = {
-    **{f"constant {size}": Recipe(lambda _, size=size: Constant(size)) for size in (16, 128, 1024)},
+    **{
+        f"constant {size}": Recipe(lambda _, size=size: Constant(size))
+        for size in (2, 4, 8, 16, 128, 1024)
+    },
     "constant 16, falling rate": Recipe(lambda _: Constant(16), is_falling=True),
     "full gradient": Recipe(lambda problem: Constant(problem.largest)),
     **{
-        f"norm test, {theta}": Recipe(lambda _, theta=theta: NormTest(theta))
+        f"norm test, {theta}": Recipe(lambda problem, theta=theta: NormTest(problem.largest, theta))
         for theta in (0.5, 0.9)
     },
     "CABS": Recipe(coupled(is_floor_known=False)),

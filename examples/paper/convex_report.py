@@ -1,7 +1,8 @@
 """Writes the tables and figures of the convex problems out of their runs, without training.
 
 Guarantees: the same runs give the same bytes; what did not reach a norm within its budget is said
-to be never there, and what was not installed is said to be missing.
+to be never there, and what was not installed is said to be missing; of rates that are chosen, those
+at an end of what was tried are marked.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from convex_problems import FEATURES, QUADRATICS, Quadratic, Vector
-from pages import read, save, spread, table
+from pages import middle_curve, read, save, spread, table
 
 Run = dict[str, Any]
 # For each method and rate, in the order in which they were run, one run for each seed.
@@ -26,7 +27,7 @@ COMPARED, DRAWN = "0.1", "0.01"
 STALLED = "isotropic, floor 1"
 DRAWN_METHODS = {
     "full gradient": "0.8",
-    "constant 16": "0.6",
+    "constant 8": "0.6",
     "constant 128": "0.3",
     "norm test, 0.5": "C2",
     "norm test, 0.9": "C8",
@@ -74,7 +75,7 @@ def runs_of(lines: Sequence[Run]) -> dict[str, Runs]:
 
 def of_norms(runs: Runs) -> str:
     """Tabulate the evaluations to each norm, at the rate that is best for it."""
-    norms = _norms(runs)
+    norms, rates = _norms(runs), _rates(runs)
     rows = []
     for method in _methods(runs):
         if not _is_there(runs, method):
@@ -84,23 +85,27 @@ def of_norms(runs: Runs) -> str:
         for norm in norms:
             rate = best_rate(runs, method, norm)
             said = spread(_thousands(runs[method, rate], norm), ".3g")
-            cells.append(said if said == "never" else f"{rate:g}: {said}")
+            chosen = f"{rate:g}{_end(rate, rates)}"
+            cells.append(said if said == "never" else f"{chosen}: {said}")
         rows.append([method, *cells])
     return table(["method", *(f"η L: thousands to {norm}" for norm in norms)], rows)
 
 
 def of_rates(runs: Runs) -> str:
-    """Tabulate the evaluations to one norm, at every rate."""
-    rates = sorted({rate for _, rate in runs})
+    """Tabulate the evaluations to one norm, at every rate; the best is in bold."""
+    rates = _rates(runs)
     rows = []
     for method in _methods(runs):
+        if not _is_there(runs, method):
+            rows.append([method, *("not installed" for _ in rates)])
+            continue
+        best = best_rate(runs, method, COMPARED)
         cells = []
         for rate in rates:
             some = runs.get((method, rate), [])
-            if not _is_there(runs, method):
-                cells.append("not installed")
-            else:
-                cells.append(spread(_thousands(some, COMPARED), ".3g") if some else "")
+            said = spread(_thousands(some, COMPARED), ".3g") if some else ""
+            is_best = rate == best and not said.startswith("never")
+            cells.append(f"**{said}**{_end(rate, rates)}" if is_best else said)
         rows.append([method, *cells])
     return table(["method", *(f"η L = {rate:g}" for rate in rates)], rows)
 
@@ -132,9 +137,8 @@ def of_stall(runs: Runs) -> str:
         expected = expected_excess(quadratic, method, rate)
         said = "" if expected is None else f"{expected:.3g}"
         sizes = spread([one["curve"][-1][2] for one in some], ".0f")
-        rows.append(
-            [method, f"{rate:g}", said, spread([_excess(one) for one in some], ".3g"), sizes]
-        )
+        excess = spread([_excess(one) for one in some], ".3g", "diverged")
+        rows.append([method, f"{rate:g}", said, excess, sizes])
     return table(["method", "η L", "expected excess", "excess", "size at the end"], rows)
 
 
@@ -167,20 +171,15 @@ def best_rate(runs: Runs, method: str, norm: str) -> float:
     return min(rates, key=order)
 
 
-def middle_curve(some: Sequence[Run]) -> tuple[Vector, Vector, Vector]:
+def middle_curves(some: Sequence[Run]) -> tuple[Vector, Vector, Vector]:
     """Return evaluations, and medians over seeds of norm and batch size, to where the first ends.
 
     Between the points of a run the logarithms are straight lines.
     """
     points = [[point for point in one["curve"][1:] if None not in point] for one in some]
     logarithms = [np.log(np.array(kept, dtype=float)).T for kept in points]
-    begin = max(curve[0][0] for curve in logarithms)
-    end = min(curve[0][-1] for curve in logarithms)
-    at = np.linspace(begin, max(begin, end), 40)
-    norms, sizes = (
-        np.median([np.interp(at, curve[0], curve[which]) for curve in logarithms], axis=0)
-        for which in (1, 2)
-    )
+    at, norms = middle_curve([(across, norms) for across, norms, _ in logarithms])
+    _, sizes = middle_curve([(across, sizes) for across, _, sizes in logarithms])
     return np.exp(at), np.exp(norms), np.exp(sizes)
 
 
@@ -195,7 +194,7 @@ def draw_norms(found: dict[str, Runs], path: Path) -> None:
             if method not in _methods(runs) or not _is_there(runs, method):
                 continue
             rate = best_rate(runs, method, DRAWN)
-            evaluations, norms, sizes = middle_curve(runs[method, rate])
+            evaluations, norms, sizes = middle_curves(runs[method, rate])
             width = 2.0 if method.startswith("CABS") else 1.2
             style = {"color": colour, "linewidth": width, "label": method}
             column[0].loglog(evaluations, norms, **style)
@@ -247,6 +246,17 @@ def _methods(runs: Runs) -> list[str]:
 
 def _norms(runs: Runs) -> list[str]:
     return list(next(one["reached"] for some in runs.values() for one in some if "reached" in one))
+
+
+def _rates(runs: Runs) -> list[float]:
+    return sorted({rate for _, rate in runs})
+
+
+def _end(rate: float, rates: Sequence[float]) -> str:
+    """Return a mark for a chosen rate beyond which none was tried."""
+    if len(rates) < 2 or rate not in (rates[0], rates[-1]):
+        return ""
+    return ", lowest" if rate == rates[0] else ", highest"
 
 
 def _is_there(runs: Runs, method: str) -> bool:

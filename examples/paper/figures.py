@@ -6,27 +6,28 @@ Guarantees: lines are medians over seeds, but for batch sizes, which are those o
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from pages import save
-from results import Run, Runs, best_of, by_rate, number, recipes_of
+import numpy as np
+
+from pages import Vector, middle_curve, save
+from results import Run, Runs, best_of, by_rate, recipes_of
 from runs import Point
 
 
-def middle_curve(
+def middle(
     runs: Sequence[Run], across: Callable[[Point], float], up: Callable[[Point], float | None]
-) -> tuple[list[float], list[float]]:
-    """Return the medians over seeds of two columns, point by point."""
-    found: tuple[list[float], list[float]] = ([], [])
-    for points in zip(*(run.curve for run in runs), strict=False):
-        values = [up(point) for point in points]
-        if None not in values:
-            found[0].append(statistics.median(map(across, points)))
-            found[1].append(statistics.median(number(value) for value in values))
-    return found
+) -> tuple[Vector, Vector]:
+    """Return the median over seeds of a column over another, as far as all of them have it."""
+    curves = []
+    for run in runs:
+        pairs = [(across(point), up(point)) for point in run.curve]
+        kept = [(x, y) for x, y in pairs if y is not None and math.isfinite(y)]
+        if kept:
+            curves.append((np.array([x for x, _ in kept]), np.array([y for _, y in kept])))
+    return middle_curve(curves) if curves else (np.empty(0), np.empty(0))
 
 
 def thousands(point: Point) -> float:
@@ -72,7 +73,7 @@ def draw_comparison(problem: str, runs: Runs, path: Path) -> None:
         rate, best = best_of(runs, recipe)
         style = look(recipe, place)
         for panel, (_, across, up) in zip(panels, over, strict=False):
-            panel.plot(*middle_curve(best, across, up), label=f"{recipe}, at {rate:g}", **style)
+            panel.plot(*middle(best, across, up), label=f"{recipe}, at {rate:g}", **style)
         losses = by_rate(runs, recipe)
         panels[4].plot(list(losses), list(losses.values()), "o-", markersize=3, **style)
     for panel, (label, _, _) in zip(panels, over, strict=False):
@@ -104,7 +105,7 @@ def draw_summary(problems: dict[str, Runs], path: Path) -> None:
             losses = by_rate(runs, recipe)
             tuned.plot(list(losses), list(losses.values()), "o-", markersize=3, **style)
             _, best = best_of(runs, recipe)
-            trained.plot(*middle_curve(best, thousands, lambda p: p.loss), **style)
+            trained.plot(*middle(best, thousands, lambda p: p.loss), **style)
         tuned.set(title=problem, xlabel="learning rate", xscale="log", yscale="log")
         trained.set(xlabel="examples, thousands", yscale="log")
     rows[0, 0].set_ylabel("final training loss")
@@ -125,9 +126,9 @@ def draw_variants(runs: Runs, path: Path) -> None:
         losses, batches, wishes = panels[:, column]
         for place, recipe in enumerate(recipes_of(runs)):
             style = look(recipe, place)
-            some = runs[recipe, rate]
-            losses.plot(*middle_curve(some, thousands, lambda p: p.loss), label=recipe, **style)
-            wishes.plot(*middle_curve(some, thousands, lambda p: p.asked), **style)
+            some = runs.get((recipe, rate), [])
+            losses.plot(*middle(some, thousands, lambda p: p.loss), label=recipe, **style)
+            wishes.plot(*middle(some, thousands, lambda p: p.asked), **style)
             for run in some:
                 batches.plot(*sizes(run), **style)
         losses.set(title=f"learning rate {rate:g}", yscale="log")

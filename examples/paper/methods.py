@@ -1,4 +1,4 @@
-"""The methods that are compared: what decides upon the next batch, and upon the learning rate.
+"""The methods that are compared: what decides upon the next batch, and how it trains.
 
 Guarantees: each is given the numbers of the step before, and nothing of the future.
 """
@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from functools import partial
+from typing import Any, NamedTuple, Protocol
 
 import cabs
 import measures
@@ -16,8 +17,10 @@ from cabs import GradientStatistics
 SIZES = cabs.BatchSizes.range(16, 2048)
 FROM_FOUR = cabs.BatchSizes.range(4, 2048)
 FIRST, SMOOTHING = 16, 0.95
-# Relative deviation of the gradient that the norm test allows.
-THETA = 0.5
+# Relative deviations of the gradient that the norm test allows.
+THETAS = (0.5, 0.9)
+# As many steps as an average remembers.
+HELD = round(1.0 / (1.0 - SMOOTHING))
 MOMENTUM, WEIGHT_DECAY = 0.9, 5e-3
 
 
@@ -30,12 +33,9 @@ class Method(Protocol):
     def update(self, rate: float, loss: float, statistics: GradientStatistics | None) -> None:
         """Take in what the last step showed."""
 
-    def rate(self, initial: float, progress: float) -> float:
-        """Return the learning rate where that share of the budget has been seen."""
-
 
 class Constant:
-    """Always as many examples, at one learning rate."""
+    """Always as many examples."""
 
     asked = None
 
@@ -44,22 +44,6 @@ class Constant:
 
     def update(self, rate: float, loss: float, statistics: GradientStatistics | None) -> None:
         """Keep the size."""
-
-    def rate(self, initial: float, progress: float) -> float:  # noqa: ARG002
-        """Return the initial rate."""
-        return initial
-
-
-class Decay(Constant):
-    """Always as many examples; half a cosine takes the learning rate to 0.
-
-    Loshchilov, Hutter: "SGDR: stochastic gradient descent with warm restarts", arXiv 1608.03983,
-    equation 5, without restarts.
-    """
-
-    def rate(self, initial: float, progress: float) -> float:
-        """Return the rate at that share of the budget."""
-        return initial * (1.0 + math.cos(math.pi * min(progress, 1.0))) / 2.0
 
 
 class Cabs(Constant):
@@ -88,11 +72,18 @@ class Cabs(Constant):
 
 
 class Ratio(Constant):
-    """A rule over averages of the variance and of a square of the gradient."""
+    """A rule over averages of the variance and of a square of the gradient.
 
-    def __init__(self, rule: Callable[..., float], square: str) -> None:
+    Args:
+        rule: What it asks for.
+        square: The name of the square among the statistics.
+        held: Steps at the beginning at which the size stays. The unbiased square is a difference:
+            of few steps it can be negative, or so small that the rule asks for everything.
+    """
+
+    def __init__(self, rule: Callable[..., float], square: str, held: int = 0) -> None:
         super().__init__(FIRST)
-        self._rule, self._name = rule, square
+        self._rule, self._name, self._held = rule, square, held
         self._trace, self._square = (cabs.DebiasedAverage(SMOOTHING) for _ in range(2))
 
     def update(self, rate: float, loss: float, statistics: GradientStatistics | None) -> None:  # noqa: ARG002
@@ -107,7 +98,10 @@ class Ratio(Constant):
         self.asked = self._rule(
             variance_trace=self._trace.value, gradient_square=self._square.value
         )
-        self.batch_size = SIZES.nearest(self.asked)
+        if self._held:
+            self._held -= 1
+        else:
+            self.batch_size = SIZES.nearest(self.asked)
 
 
 class Recipe(NamedTuple):
@@ -117,8 +111,18 @@ class Recipe(NamedTuple):
     measure: measures.Measure = measures.exact
     momentum: float = 0.0
     weight_decay: float = 0.0
+    # Whether half a cosine takes the learning rate to 0.
+    is_decayed: bool = False
     # Whether the rule is given the loss with half the decay times the weights' square.
     is_penalty_told: bool = False
+
+    def rate(self, initial: float, progress: float) -> float:
+        """Return the learning rate where that share of the budget has been seen.
+
+        Loshchilov, Hutter: "SGDR: stochastic gradient descent with warm restarts", arXiv
+        1608.03983, equation 5, without restarts.
+        """
+        return initial * (1.0 + math.cos(math.pi * progress)) / 2.0 if self.is_decayed else initial
 
 
 def coupled(
@@ -133,9 +137,15 @@ def coupled(
     return made
 
 
-def constant(size: int, **training: float) -> Recipe:
+def constant(size: int, **training: Any) -> Recipe:
     """Return the recipe of a constant batch size."""
     return Recipe(lambda: Constant(size), measures.nothing, **training)
+
+
+def norm_test(theta: float) -> Recipe:
+    """Return the recipe of the norm test that allows a relative deviation."""
+    rule = partial(cabs.norm_test, theta=theta)
+    return Recipe(lambda: Ratio(rule, "mean_square"))
 
 
 def as_published() -> Method:
@@ -148,12 +158,11 @@ SMOOTHED_FLOOR = -(0.91 * math.log(0.91) + 9 * 0.01 * math.log(0.01))
 
 RECIPES: dict[str, Recipe] = {
     "CABS": Recipe(coupled()),
-    "norm test": Recipe(
-        lambda: Ratio(lambda **numbers: cabs.norm_test(**numbers, theta=THETA), "mean_square")
-    ),
-    "noise scale": Recipe(lambda: Ratio(cabs.noise_scale_rule, "gradient_square")),
+    **{f"norm test {theta}": norm_test(theta) for theta in THETAS},
+    "noise scale": Recipe(lambda: Ratio(cabs.noise_scale_rule, "gradient_square", HELD)),
     **{f"constant {size}": constant(size) for size in (4, 16, 32, 64, 128, 256, 512)},
-    "constant 16, decay": Recipe(lambda: Decay(16), measures.nothing),
+    "constant 16, decay": constant(16, is_decayed=True),
+    "CABS, decay": Recipe(coupled(), is_decayed=True),
     "CABS, published moments": Recipe(coupled(), measures.published),
     **{
         f"CABS, {count} groups": Recipe(coupled(), measures.groups(count))

@@ -12,8 +12,13 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import numpy.typing as npt
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+Vector = npt.NDArray[np.float64]
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -36,15 +41,23 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def spread(values: Sequence[float], form: str) -> str:
-    """Return a median, and the least and the most; ``never`` if not one is finite."""
-    if len(set(values)) == 1 and math.isfinite(values[0]):
-        return f"{values[0]:{form}}"
-    said = [
-        f"{value:{form}}" if math.isfinite(value) else "never"
+def spread(values: Sequence[float], form: str, infinite: str = "never") -> str:
+    """Return a median, and the least and the most; a word in place of what is infinite."""
+    middle, least, most = (
+        f"{value:{form}}" if math.isfinite(value) else infinite
         for value in (statistics.median(values), min(values), max(values))
-    ]
-    return "never" if said[1] == "never" else f"{said[0]} ({said[1]} to {said[2]})"
+    )
+    return middle if least == most else f"{middle} ({least} to {most})"
+
+
+def middle_curve(
+    curves: Sequence[tuple[Vector, Vector]], points: int = 40
+) -> tuple[Vector, Vector]:
+    """Return the median of curves at places that all of them reach, with straight lines between."""
+    begin = max(across[0] for across, _ in curves)
+    end = min(across[-1] for across, _ in curves)
+    at = np.linspace(begin, max(begin, end), points)
+    return at, np.median([np.interp(at, across, up) for across, up in curves], axis=0)
 
 
 def save(figure: Figure, path: Path) -> None:

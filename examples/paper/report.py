@@ -9,9 +9,9 @@ the least and the most are told. A run that diverged has an infinite loss.
 
 from __future__ import annotations
 
+import argparse
 import math
 import statistics
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,9 +23,18 @@ from runs import Point
 
 # How close to the best a learning rate has to come to count as good.
 CLOSE = 1.1
-# Losses, of a stretch of a run, for which it is told when they are reached.
-LEVELS = {"mnist": (0.5, 0.25), "fashion-mnist": (0.9, 0.65), "cifar10": (1.9, 1.6)}
-COMPARED = "images"
+# Losses, of a stretch of a run, for which it is told when they are reached, by study.
+LEVELS = {
+    "images": {"mnist": (0.5, 0.25), "fashion-mnist": (0.9, 0.65), "cifar10": (1.9, 1.6)},
+    "epoch": {"mnist": (0.25, 0.1), "fashion-mnist": (0.5, 0.35)},
+}
+# The study of the first figure; of both, methods are compared at their best rates.
+FIRST = "images"
+
+
+def said_loss(losses: Sequence[float], form: str) -> str:
+    """Return a median over seeds, and the least and the most."""
+    return spread(losses, form, infinite="diverged")
 
 
 def good_rates(losses: dict[float, float], best: float) -> str:
@@ -49,7 +58,7 @@ def comparison(runs: Runs) -> str:
         rate, best = best_of(runs, recipe)
         rows.append(
             [
-                *(recipe, f"{rate:g}", spread([run.final_loss for run in best], ".3f")),
+                *(recipe, f"{rate:g}", said_loss([run.final_loss for run in best], ".3f")),
                 spread([number(run.last.accuracy) for run in best], ".3f"),
                 spread([run.last.steps for run in best], ".0f"),
                 spread([run.last.seconds for run in best], ".1f"),
@@ -65,15 +74,16 @@ def grid(runs: Runs) -> str:
     rows = []
     for recipe in recipes_of(runs):
         losses = by_rate(runs, recipe)
-        said = {rate: f"{loss:.3f}" for rate, loss in losses.items() if math.isfinite(loss)}
-        rows.append([recipe, *(said.get(rate, "diverged") for rate in rates)])
+        said = {rate: said_loss([loss], ".3f") for rate, loss in losses.items()}
+        rows.append([recipe, *(said.get(rate, "") for rate in rates)])
     return table(["final loss at", *(f"{rate:g}" for rate in rates)], rows)
 
 
 def levels_reached(runs: Runs, levels: Sequence[float]) -> str:
     """Return the table of what it takes to reach losses, at the best rate for it."""
     header = ["method"]
-    header += [f"{what} to {level}" for level in levels for what in ("rate, examples", "seconds")]
+    what = ("rate, examples", "seconds at that rate")
+    header += [f"{one} to {level}" for level in levels for one in what]
     rows = []
     for recipe in recipes_of(runs):
         cells = [recipe]
@@ -89,11 +99,13 @@ def levels_reached(runs: Runs, levels: Sequence[float]) -> str:
 
 def _soonest(runs: Runs, recipe: str, level: float) -> tuple[float, list[Point | None]]:
     """Return the learning rate with which a level is reached first, and where by seed."""
+    tried = {rate: some for (name, rate), some in runs.items() if name == recipe}
+    # Rates that were tried with one seed only are no match for those tried with several.
+    most = max(map(len, tried.values()))
     reached = {
         rate: [run.reached(level) for run in some]
-        for (name, rate), some in runs.items()
-        # Rates that were tried with one seed only are no match for those tried with several.
-        if name == recipe and len(some) == max(map(len, runs.values()))
+        for rate, some in tried.items()
+        if len(some) == most
     }
 
     def middle(points: list[Point | None]) -> float:
@@ -105,16 +117,19 @@ def _soonest(runs: Runs, recipe: str, level: float) -> tuple[float, list[Point |
 
 def variants(runs: Runs) -> str:
     """Return the table of every recipe at every learning rate."""
-    header = ["rate", "variant", "final loss", "test accuracy", "steps", "examples a step"]
-    header += ["asked for at the end"]
+    header = ["rate", "variant", "loss over the last fifth", "final loss", "test accuracy", "steps"]
+    header += ["examples a step", "asked for at the end"]
     rows = []
     for rate in sorted({rate for _, rate in runs}):
         for recipe in recipes_of(runs):
-            some = runs[recipe, rate]
+            some = runs.get((recipe, rate), [])
+            if not some:
+                continue
             asked = [run.last.asked for run in some]
             rows.append(
                 [
-                    *(f"{rate:g}", recipe, spread([run.final_loss for run in some], ".4g")),
+                    *(f"{rate:g}", recipe, said_loss([run.late_loss for run in some], ".3g")),
+                    said_loss([run.final_loss for run in some], ".3g"),
                     spread([number(run.last.accuracy) for run in some], ".3f"),
                     spread([run.last.steps for run in some], ".0f"),
                     spread([run.last.examples / run.last.steps for run in some], ".1f"),
@@ -131,12 +146,12 @@ def write(folder: Path) -> None:
             convex_report.write(folder)
             continue
         found = runs_of(path)
-        if path.stem == COMPARED:
+        if path.stem == FIRST:
             draw_summary(found, folder / "summary.svg")
         for problem, runs in found.items():
             stem = folder / f"{path.stem}-{problem.replace(' ', '-')}"
-            if path.stem == COMPARED:
-                levels = levels_reached(runs, LEVELS.get(problem, (2.0, 1.0)))
+            if path.stem in LEVELS:
+                levels = levels_reached(runs, LEVELS[path.stem].get(problem, (2.0, 1.0)))
                 texts = {"": comparison(runs), "-grid": grid(runs), "-levels": levels}
                 for suffix, text in texts.items():
                     path_of_it = stem.with_name(f"{stem.name}{suffix}.inc")
@@ -147,5 +162,17 @@ def write(folder: Path) -> None:
                 draw_variants(runs, stem.with_suffix(".svg"))
 
 
+def main() -> None:
+    """Write what there is to say of the runs in the folder that the command line names."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("runs", type=Path, help="the folder that holds STUDY.jsonl")
+    folder = parser.parse_args().runs
+    if not any(folder.glob("*.jsonl")):
+        parser.error(f"{folder} holds no STUDY.jsonl; study.py --out {folder} makes them")
+    write(folder)
+
+
 if __name__ == "__main__":
-    write(Path(sys.argv[1]))
+    main()

@@ -2,8 +2,8 @@
 
     python examples/paper/study.py --data-dir DIR --out RUNS
     python examples/paper/study.py --data-dir DIR --out RUNS --studies images --problems cifar10
-    python examples/paper/study.py --data-dir DIR --out RUNS --device cuda --budget 500000
-    python examples/paper/study.py --out RUNS --quick
+    python examples/paper/study.py --data-dir DIR --out LARGE --device cuda --budget 500000
+    python examples/paper/study.py --out QUICK --quick
     python examples/paper/report.py RUNS
 
 DIR holds the folders mnist, fashion-mnist, cifar10 and tinyshakespeare with the published files.
@@ -15,9 +15,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import platform
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from functools import lru_cache
 from multiprocessing import get_context
 from pathlib import Path
@@ -31,13 +30,13 @@ from pages import read
 from problems import problem
 from runs import Setting, train
 
-SEEDS = (0, 1, 2)
+SEEDS = 3
 # Two hundred times from the first to the last, in equal steps.
 RATES = (0.003, 0.007, 0.017, 0.042, 0.1, 0.25, 0.6)
 # How many examples a run of a quick study sees.
 QUICK_BUDGET = 600
-# Where the first seed lost by more than this, other seeds are not tried.
-HOPELESS = 1.15
+# Learning rates at which nothing is best with our budgets; one seed is enough to say so.
+FAR = (0.003, 0.007, 0.6)
 
 
 class Study(NamedTuple):
@@ -46,17 +45,26 @@ class Study(NamedTuple):
     budgets: dict[str, int]
     recipes: tuple[str, ...]
     rates: tuple[float, ...]
-    # Whether learning rates far from a recipe's best are tried with one seed only.
-    is_pruned: bool = False
+    # Learning rates that are tried with the first seed only.
+    once: tuple[float, ...] = ()
 
 
 IMAGE_RECIPES = (
-    *("CABS", "norm test", "noise scale", "constant 16", "constant 32", "constant 128"),
-    *("constant 512", "constant 16, decay"),
+    *("CABS", "norm test 0.5", "norm test 0.9", "noise scale", "constant 16", "constant 32"),
+    *("constant 128", "constant 512", "constant 16, decay"),
 )
 STUDIES: dict[str, Study] = {
     "images": Study(
-        {"mnist": 16_000, "fashion-mnist": 16_000, "cifar10": 24_000}, IMAGE_RECIPES, RATES, True
+        {"mnist": 16_000, "fashion-mnist": 16_000, "cifar10": 24_000}, IMAGE_RECIPES, RATES, FAR
+    ),
+    # A whole epoch, where the loss comes down so far that the rule asks for more.
+    "epoch": Study(
+        {"mnist": 60_000},
+        (
+            *("CABS", "norm test 0.9", "constant 16", "constant 32", "constant 128"),
+            *("constant 16, decay", "CABS, decay"),
+        ),
+        (0.042, 0.1, 0.25),
     ),
     "moments": Study({"fashion-mnist": 8_000}, ("CABS", "CABS, published moments"), (0.1, 0.25)),
     "moments-cifar10": Study({"cifar10": 12_000}, ("CABS", "CABS, published moments"), (0.25, 0.6)),
@@ -106,16 +114,21 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--problems", nargs="+", help="only these; all of each study otherwise")
     parser.add_argument("--recipes", nargs="+", choices=RECIPES, help="only these")
     parser.add_argument("--budget", type=int, help="examples that a run may see, in place of ours")
-    parser.add_argument("--seeds", type=int, default=len(SEEDS), help="how many")
+    parser.add_argument("--seeds", type=int, default=SEEDS, help="how many, from seed 0 on")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--jobs", type=int, default=1, help="runs at the same time")
     parser.add_argument("--threads", type=int, default=1, help="threads of a run on a CPU")
     parser.add_argument(
         "--quick",
         action="store_true",
-        help="minutes: little of every study, on bundled digits if there is no --data-dir",
+        help="a minute: little of every study, on bundled digits if there is no --data-dir",
     )
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.data_dir is None and not options.quick:
+        parser.error("the study needs --data-dir, the folder that holds folders of files")
+    if options.quick:
+        options.seeds = 1
+    return options
 
 
 def studies(options: argparse.Namespace) -> dict[str, Study]:
@@ -133,8 +146,38 @@ def studies(options: argparse.Namespace) -> dict[str, Study]:
         recipes = tuple(
             one for one in study.recipes if not options.recipes or one in options.recipes
         )
-        chosen[name] = study._replace(budgets=budgets, recipes=recipes)
+        # With another budget, other learning rates are the best.
+        once = () if options.budget else study.once
+        if budgets and recipes:
+            chosen[name] = study._replace(budgets=budgets, recipes=recipes, once=once)
     return chosen
+
+
+def check(options: argparse.Namespace, chosen: dict[str, Study]) -> None:
+    """Say in one line what is wrong with the options, before anything is trained."""
+    if not chosen:
+        asked = [STUDIES[name] for name in options.studies]
+        if options.quick:
+            asked = [quick(one, has_data=options.data_dir is not None) for one in asked]
+        problems = dict.fromkeys(problem for one in asked for problem in one.budgets)
+        recipes = dict.fromkeys(recipe for one in asked for recipe in one.recipes)
+        raise SystemExit(
+            "nothing is left to run: these studies have the problems "
+            f"{', '.join(problems) or 'of --data-dir only'} and the recipes {'; '.join(recipes)}"
+        )
+    if options.data_dir is not None:
+        folders = {one.partition(" ")[0] for study in chosen.values() for one in study.budgets}
+        missing = sorted(one for one in folders if not (options.data_dir / one).is_dir())
+        if missing:
+            raise SystemExit(
+                f"--data-dir {options.data_dir} does not hold {', '.join(missing)}; give the "
+                "folder that holds their folders, or leave them out with --problems"
+            )
+    try:
+        torch.empty(0, device=options.device)
+    except (RuntimeError, AssertionError) as error:
+        message = f"--device {options.device} cannot be used here: {error}".splitlines()[0]
+        raise SystemExit(message) from error
 
 
 def quick(study: Study, *, has_data: bool) -> Study:
@@ -146,42 +189,31 @@ def quick(study: Study, *, has_data: bool) -> Study:
     return study._replace(budgets=problems, rates=study.rates[-2:-1])
 
 
-def settings(study: Study, seed: int, done: Iterable[dict[str, Any]]) -> Iterator[Setting]:
-    """Yield the runs of a study with a seed, given those of the seeds before."""
+def settings(study: Study, seed: int, device: str) -> Iterator[Setting]:
+    """Yield the runs of a study with a seed."""
     for one, budget in study.budgets.items():
         for recipe in study.recipes:
-            losses = {
-                run["learning_rate"]: _comparable(run["final_loss"])
-                for run in done
-                if (run["problem"], run["recipe"], run["seed"]) == (one, recipe, SEEDS[0])
-            }
             for rate in study.rates:
-                is_hopeless = losses.get(rate, 0.0) > HOPELESS * min(losses.values(), default=0.0)
-                if not (study.is_pruned and seed != SEEDS[0] and is_hopeless):
-                    yield Setting(one, recipe, rate, seed, budget)
-
-
-def _comparable(loss: float | None) -> float:
-    return math.inf if loss is None else loss
+                if seed == 0 or rate not in study.once:
+                    yield Setting(one, recipe, rate, seed, budget, device)
 
 
 class _Runner:
     """Trains in a process of its own, which keeps the problems that it has read."""
 
-    def __init__(self, data_dir: Path | None, device: str, threads: int) -> None:
-        self._data_dir, self._device, self._threads = data_dir, device, threads
+    def __init__(self, data_dir: Path | None, threads: int) -> None:
+        self._data_dir, self._threads = data_dir, threads
 
     def __call__(self, task: tuple[str, Setting]) -> tuple[str, dict[str, Any]]:
         torch.set_num_threads(self._threads)
         study, setting = task
         try:
-            found = _problem(setting.problem, self._data_dir, self._device)
+            found = _problem(setting.problem, self._data_dir, setting.device)
         except SystemExit as error:
             # That would end this process, and leave the other one waiting.
-            raise RuntimeError(str(error)) from error
-        run = train(setting, found, self._device)
-        on = {"device": self._device, "torch": torch.__version__, "machine": platform.machine()}
-        return study, {**run, **on}
+            raise FileNotFoundError(str(error)) from error
+        run = train(setting, found)
+        return study, {**run, "torch": torch.__version__, "machine": platform.machine()}
 
 
 # The data of one problem are hundreds of megabytes.
@@ -189,25 +221,28 @@ _problem = lru_cache(maxsize=2)(problem)
 
 
 def main() -> None:
-    """Make the runs that are missing, seed by seed, so that what is there can be compared."""
+    """Make the runs that are missing, seed by seed, so that each can be compared early."""
     options = arguments()
-    if options.data_dir is None and not options.quick:
-        raise SystemExit("the study needs --data-dir, the folder that holds folders of files")
+    chosen = studies(options)
+    check(options, chosen)
     options.out.mkdir(parents=True, exist_ok=True)
-    runner = _Runner(options.data_dir, options.device, options.threads)
+    runner = _Runner(options.data_dir, options.threads)
     with get_context("spawn").Pool(options.jobs) as pool:
-        for seed in range(1 if options.quick else options.seeds):
+        for seed in range(options.seeds):
             tasks: list[tuple[str, Setting]] = []
-            for name, study in studies(options).items():
+            for name, study in chosen.items():
                 path = options.out / f"{name}.jsonl"
                 done = read(path) if path.exists() else []
                 known = {Setting(*(run[field] for field in Setting._fields)) for run in done}
-                wanted = settings(study, seed, done)
+                wanted = settings(study, seed, options.device)
                 tasks += [(name, one) for one in wanted if one not in known]
             results = pool.imap_unordered(runner, tasks)
-            for name, run in tqdm(results, f"seed {seed}", len(tasks), unit=" runs"):
-                with (options.out / f"{name}.jsonl").open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(run) + "\n")
+            try:
+                for name, run in tqdm(results, f"seed {seed}", len(tasks), unit=" runs"):
+                    with (options.out / f"{name}.jsonl").open("a", encoding="utf-8") as file:
+                        file.write(json.dumps(run) + "\n")
+            except FileNotFoundError as error:
+                raise SystemExit(str(error)) from None
 
 
 if __name__ == "__main__":

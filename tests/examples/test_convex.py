@@ -5,6 +5,7 @@ import json
 import math
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,6 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PAPER = ROOT / "examples" / "paper"
-RESULTS = ROOT / "docs" / "study" / "results"
 DATA = ROOT.parent / "shared" / "data"
 
 
@@ -216,7 +216,8 @@ def lines(folder):
 def test_a_quick_run_needs_no_data_and_is_what_is_drawn(module, quick):
     runs = lines(quick)
     assert {run["problem"] for run in runs} == set(module("convex_problems").QUADRATICS)
-    assert all(len(run["curve"]) <= 40 for run in runs if "curve" in run)
+    points = module("convex").POINTS
+    assert max(len(run["curve"]) for run in runs if "curve" in run) == points
     module("convex_report").write(quick)
     first = {path.name: path.read_bytes() for path in quick.iterdir()}
     assert {"convex-isotropic.inc", "convex-optimum.inc", "convex-optimum.svg"} <= set(first)
@@ -225,14 +226,121 @@ def test_a_quick_run_needs_no_data_and_is_what_is_drawn(module, quick):
     assert first == {path.name: path.read_bytes() for path in quick.iterdir()}
 
 
-def test_what_is_not_installed_is_said_to_be(module, quick):
-    missing = [run for run in lines(quick) if run["outcome"] == "not installed"]
-    if module("convex_methods").mice() is None:
-        assert {run["method"] for run in missing} == {"MICE"}
-        module("convex_report").write(quick)
-        assert "not installed" in (quick / "convex-isotropic.inc").read_text(encoding="utf-8")
-    else:
-        assert not missing
+class Differences:
+    """In place of MICE: gradients of ten examples, at the point before too, which it is told of."""
+
+    def __init__(self, *, grad, sampler, min_batch, max_cost, policy):
+        self.policy = policy
+        self._grad, self._sampler, self._examples, self._most = grad, sampler, min_batch, max_cost
+        self._before, self._cost = [], 0
+        self.terminate = False
+
+    def __call__(self, weights):
+        cost = self._examples * (1 + len(self._before))
+        if self._cost + cost > self._most:
+            self.terminate = True
+            return np.zeros_like(weights)
+        self._cost += cost
+        draw = self._sampler
+        some = draw(self._examples) if callable(draw) else draw[: self._examples]
+        for point in self._before:
+            self._grad(point, some)
+        self._before = [weights]
+        return self._grad(weights, some).mean(axis=0)
+
+
+@pytest.fixture
+def stub(monkeypatch):
+    """Put a module in place of ``mice``, and return the policies that were asked for."""
+    policies = []
+    package, policy = types.ModuleType("mice"), types.ModuleType("mice.policy")
+    package.MICE = Differences
+    policy.DropRestartClipPolicy = lambda **options: policies.append(options)
+    monkeypatch.setitem(sys.modules, "mice", package)
+    monkeypatch.setitem(sys.modules, "mice.policy", policy)
+    return policies
+
+
+def test_of_mice_gradients_at_earlier_points_are_counted_too(module, problems, stub):
+    made = module("convex")
+    # Without noise, a step at half of 1 / L halves the norm, which begins at 2.
+    problem = problems.Quadratic(np.ones(4), np.zeros(4))
+    found = made.run(made.Setting("isotropic", "MICE", 0.5, 0, 1000), problem)
+    assert found["reached"] == {"1.0": 10, "0.3": 50, "0.1": 90, "0.05": 110}
+    assert [size for _, _, size in found["curve"]] == [0, 10, 20, 20, 20, 20, 20]
+    assert [norm for _, norm, _ in found["curve"]] == pytest.approx(
+        [2 / 2**step for step in range(7)], rel=1e-3
+    )
+    assert [options["clip_type"] for options in stub] == [None]
+
+
+def test_mice_ends_with_its_budget_and_clips_where_sums_are_finite(module, logistic, stub):
+    steps = list(module("convex_methods").descend_by_mice(logistic[0], 0.1, 0, 75))
+    assert [step.evaluations for step in steps] == [10, 30, 50, 70]
+    assert [options["clip_type"] for options in stub] == ["full"]
+
+
+def run_what_is_missing(module, monkeypatch, out):
+    monkeypatch.setattr(sys, "argv", ["convex.py", "--out", str(out), "--quick"])
+    module("convex").main()
+    module("convex_report").write(out)
+    return (out / "convex-isotropic.inc").read_text(encoding="utf-8")
+
+
+@pytest.fixture
+def without_mice(quick, tmp_path):
+    """Return a folder with the quick runs of all other methods."""
+    kept = [json.dumps(run) + "\n" for run in lines(quick) if run["method"] != "MICE"]
+    (tmp_path / "convex.jsonl").write_text("".join(kept), encoding="utf-8")
+    return tmp_path
+
+
+def test_what_is_not_installed_is_said_to_be(module, monkeypatch, without_mice, capsys):
+    monkeypatch.setitem(sys.modules, "mice", None)
+    text = run_what_is_missing(module, monkeypatch, without_mice)
+    missing = [run for run in lines(without_mice) if run["outcome"] == "not installed"]
+    assert {run["method"] for run in missing} == {"MICE"}
+    assert "* - MICE\n     - not installed\n" in text
+    assert "the package mice is not installed" in capsys.readouterr().out
+
+
+def test_what_was_missing_is_run_once_it_is_installed(module, monkeypatch, without_mice, stub):
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "mice", None)
+        run_what_is_missing(module, patch, without_mice)
+    assert not stub
+    before = lines(without_mice)
+    text = run_what_is_missing(module, monkeypatch, without_mice)
+    made = lines(without_mice)[len(before) :]
+    assert len(made) == len(stub) > 0
+    assert {run["method"] for run in made} == {"MICE"}
+    assert "not installed" not in text
+
+
+def at_rates(reached):
+    """Return runs at the rates 1, 2 and so on, by when they are at a norm."""
+    curve = [[0, 1.0, 0], [9000, 0.2, 2]]
+    return {
+        ("CABS", float(rate)): [{"reached": {"0.1": at}, "curve": curve}]
+        for rate, at in enumerate(reached, 1)
+    }
+
+
+@pytest.mark.parametrize(
+    ("reached", "of_norms", "of_rates"),
+    [
+        ((1000, 2000, 3000), "1, lowest: 1", ("**1**, lowest", "2", "3")),
+        ((2000, 1000, 3000), "2: 1", ("2", "**1**", "3")),
+        ((3000, 2000, 1000), "3, highest: 1", ("3", "2", "**1**, highest")),
+        ((None, None, None), "never", ("never", "never", "never")),
+    ],
+)
+def test_a_best_rate_at_an_end_of_those_tried_is_marked(module, reached, of_norms, of_rates):
+    report = module("convex_report")
+    runs = at_rates(reached)
+    assert report.of_norms(runs).splitlines()[-1] == f"     - {of_norms}"
+    cells = [line.strip(" -") for line in report.of_rates(runs).splitlines()[-3:]]
+    assert cells == list(of_rates)
 
 
 def test_runs_that_are_there_are_not_made_again(quick):
@@ -256,9 +364,9 @@ def test_cabs_comes_to_rest_where_theory_says(module, problems):
         assert found["late_excess"] == pytest.approx(expected, rel=0.15)
 
 
-@pytest.mark.skipif(not (RESULTS / "convex.jsonl").exists(), reason="there are no results here")
-def test_the_tables_of_the_page_are_those_of_its_runs(module, tmp_path):
-    (tmp_path / "convex.jsonl").write_bytes((RESULTS / "convex.jsonl").read_bytes())
-    module("convex_report").write(tmp_path)
-    for path in tmp_path.glob("*.inc"):
-        assert path.read_bytes() == (RESULTS / path.name).read_bytes(), path.name
+def test_without_a_norm_to_reach_a_run_spends_its_budget(module, problems):
+    made = module("convex")
+    setting = made.Setting("isotropic, floor 1", "CABS, known floor", 0.5, 0, 100_000)
+    found = made.run(setting, problems.QUADRATICS["isotropic, floor 1"]())
+    assert found["outcome"] == "budget spent"
+    assert found["curve"][-1][0] > 0.9 * setting.budget
