@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import cabs
-from methods import RECIPES, Method, Recipe
+from methods import RECIPES, SIZES, Method, Recipe
 from pages import short
 from problems import FINAL, ON_THE_WAY, Problem
 
@@ -55,7 +55,10 @@ def train(setting: Setting, problem: Problem) -> dict[str, Any]:
     torch.manual_seed(setting.seed)
     run = _Run(setting, recipe, problem.network())
     random = torch.Generator().manual_seed(setting.seed)
-    sampler = cabs.BatchSampler(problem.examples, method, seed=setting.seed)
+    # What is left at the end of an epoch can be two examples where the rule asks for a hundred.
+    # The bundled digits are fewer than the largest size.
+    drop_last = problem.examples >= SIZES.maximum
+    sampler = cabs.BatchSampler(problem.examples, method, seed=setting.seed, drop_last=drop_last)
     is_alone = setting.device == "cpu" and torch.get_num_threads() == 1
     clock = time.process_time if is_alone else time.perf_counter
     curve: list[Point] = []

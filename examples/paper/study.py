@@ -65,6 +65,7 @@ STUDIES: dict[str, Study] = {
             *("constant 16, decay", "CABS, decay"),
         ),
         (0.042, 0.1, 0.25),
+        once=(0.25,),
     ),
     "moments": Study({"fashion-mnist": 8_000}, ("CABS", "CABS, published moments"), (0.1, 0.25)),
     "moments-cifar10": Study({"cifar10": 12_000}, ("CABS", "CABS, published moments"), (0.25, 0.6)),
