@@ -61,34 +61,35 @@ def draw_comparison(problem: str, runs: Runs, path: Path) -> None:
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11.0, 6.8), layout="constrained")
-    panels = figure.subplots(2, 3).ravel()
-    over = [
-        ("examples, thousands", thousands, lambda point: point.loss),
-        ("steps", lambda point: point.steps, lambda point: point.loss),
-        ("seconds", lambda point: point.seconds, lambda point: point.loss),
-        ("examples, thousands", thousands, lambda point: point.accuracy),
+    figure = Figure(figsize=(11.0, 9.6), layout="constrained")
+    losses, accuracies, (tuned, batches, legend) = figure.subplots(3, 3)
+    over: list[tuple[str, Callable[[Point], float]]] = [
+        ("examples, thousands", thousands),
+        ("steps", lambda point: point.steps),
+        ("seconds", lambda point: point.seconds),
     ]
     for place, recipe in enumerate(recipes_of(runs)):
         rate, best = best_of(runs, recipe)
         style = look(recipe, place)
-        for panel, (_, across, up) in zip(panels, over, strict=False):
-            panel.plot(*middle(best, across, up), label=f"{recipe}, at {rate:g}", **style)
-        losses = by_rate(runs, recipe)
-        panels[4].plot(list(losses), list(losses.values()), "o-", markersize=3, **style)
-    for panel, (label, _, _) in zip(panels, over, strict=False):
-        panel.set(xlabel=label, ylabel="training loss", yscale="log")
-    panels[1].set_xscale("log")
-    panels[3].set(ylabel="test accuracy", yscale="linear")
-    panels[4].set(xlabel="learning rate", ylabel="final loss", xscale="log", yscale="log")
+        for loss, accuracy, (_, across) in zip(losses, accuracies, over, strict=True):
+            loss.plot(*middle(best, across, lambda point: point.loss), **style)
+            accuracy.plot(*middle(best, across, lambda point: point.accuracy), **style)
+        found = by_rate(runs, recipe)
+        tuned.plot(list(found), list(found.values()), "o-", markersize=3, **style)
+        legend.plot([], label=f"{recipe}, at {rate:g}", **style)
+    for loss, accuracy, (label, _) in zip(losses, accuracies, over, strict=True):
+        scale = "log" if label == "steps" else "linear"
+        loss.set(xlabel=label, ylabel="training loss", xscale=scale, yscale="log")
+        accuracy.set(xlabel=label, ylabel="test accuracy", xscale=scale)
+    tuned.set(xlabel="learning rate", ylabel="final loss", xscale="log", yscale="log")
     rates = [rate for recipe, rate in runs if recipe == "CABS"]
     for place, rate in enumerate(rates):
         shade = colormaps["viridis"](0.9 * place / max(1, len(rates) - 1))
-        panels[5].plot(*sizes(runs["CABS", rate][0]), color=shade, label=f"{rate:g}")
-    panels[5].set(xlabel="examples, thousands", ylabel="batch size of CABS, by rate", yscale="log")
-    lines = panels[3].get_legend_handles_labels()
-    figure.legend(*lines, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
-    panels[5].legend(frameon=False, fontsize=7)
+        batches.plot(*sizes(runs["CABS", rate][0]), color=shade, label=f"{rate:g}")
+    batches.set(xlabel="examples, thousands", ylabel="batch size of CABS, by rate", yscale="log")
+    batches.legend(frameon=False, fontsize=7)
+    legend.set_axis_off()
+    legend.legend(loc="center", frameon=False, fontsize=8)
     figure.suptitle(problem, fontsize=10)
     save(figure, path)
 
