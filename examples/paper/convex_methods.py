@@ -13,7 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 import cabs
-from convex_problems import Batch, Problem, Quadratic, Vector
+from convex_problems import Batch, Problem, Quadratic
+from pages import Vector
 
 # The size of the first batch, and the least with a variance.
 FIRST, LEAST = 16, 2

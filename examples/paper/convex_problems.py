@@ -17,8 +17,8 @@ import numpy as np
 import numpy.typing as npt
 
 import cabs
+from pages import Vector
 
-Vector = npt.NDArray[np.float64]
 # Weight of half the squared norm in the logistic regressions.
 REGULARISATION = 1e-3
 FEATURES = {"a9a": 123, "mushrooms": 112}

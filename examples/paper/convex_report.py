@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from convex_problems import FEATURES, QUADRATICS, Quadratic, Vector
-from pages import middle_curve, read, save, spread, table
+from convex_problems import FEATURES, QUADRATICS, Quadratic
+from pages import Vector, middle_curve, read, save, spread, table
 
 Run = dict[str, Any]
 # For each method and rate, in the order in which they were run, one run for each seed.

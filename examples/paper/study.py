@@ -132,13 +132,19 @@ def arguments() -> argparse.Namespace:
     return options
 
 
-def studies(options: argparse.Namespace) -> dict[str, Study]:
-    """Return what the command line asks for, study by study."""
+def offered(options: argparse.Namespace) -> dict[str, Study]:
+    """Return the studies that the command line names, whole or quick."""
+    studies = {name: STUDIES[name] for name in options.studies}
+    if not options.quick:
+        return studies
+    has_data = options.data_dir is not None
+    return {name: quick(study, has_data=has_data) for name, study in studies.items()}
+
+
+def chosen_of(studies: dict[str, Study], options: argparse.Namespace) -> dict[str, Study]:
+    """Return what of these studies the command line asks for."""
     chosen = {}
-    for name in options.studies:
-        study = STUDIES[name]
-        if options.quick:
-            study = quick(study, has_data=options.data_dir is not None)
+    for name, study in studies.items():
         budgets = {
             one: options.budget or budget
             for one, budget in study.budgets.items()
@@ -154,14 +160,13 @@ def studies(options: argparse.Namespace) -> dict[str, Study]:
     return chosen
 
 
-def check(options: argparse.Namespace, chosen: dict[str, Study]) -> None:
-    """Say in one line what is wrong with the options, before anything is trained."""
+def checked(options: argparse.Namespace) -> dict[str, Study]:
+    """Return what is to be run, or say in one line what is wrong, before anything is trained."""
+    studies = offered(options)
+    chosen = chosen_of(studies, options)
     if not chosen:
-        asked = [STUDIES[name] for name in options.studies]
-        if options.quick:
-            asked = [quick(one, has_data=options.data_dir is not None) for one in asked]
-        problems = dict.fromkeys(problem for one in asked for problem in one.budgets)
-        recipes = dict.fromkeys(recipe for one in asked for recipe in one.recipes)
+        problems = dict.fromkeys(one for study in studies.values() for one in study.budgets)
+        recipes = dict.fromkeys(one for study in studies.values() for one in study.recipes)
         raise SystemExit(
             "nothing is left to run: these studies have the problems "
             f"{', '.join(problems) or 'of --data-dir only'} and the recipes {'; '.join(recipes)}"
@@ -179,6 +184,7 @@ def check(options: argparse.Namespace, chosen: dict[str, Study]) -> None:
     except (RuntimeError, AssertionError) as error:
         message = f"--device {options.device} cannot be used here: {error}".splitlines()[0]
         raise SystemExit(message) from error
+    return chosen
 
 
 def quick(study: Study, *, has_data: bool) -> Study:
@@ -224,8 +230,7 @@ _problem = lru_cache(maxsize=2)(problem)
 def main() -> None:
     """Make the runs that are missing, seed by seed, so that each can be compared early."""
     options = arguments()
-    chosen = studies(options)
-    check(options, chosen)
+    chosen = checked(options)
     options.out.mkdir(parents=True, exist_ok=True)
     runner = _Runner(options.data_dir, options.threads)
     with get_context("spawn").Pool(options.jobs) as pool:

@@ -221,7 +221,8 @@ def test_another_budget_leaves_no_learning_rate_to_one_seed(module, tmp_path, mo
     options = ["study.py", "--out", str(tmp_path), "--data-dir", str(tmp_path)]
     for more, once in (([], made.FAR), (["--budget", "9"], ())):
         monkeypatch.setattr(sys, "argv", options + more)
-        assert made.studies(made.arguments())["images"].once == once
+        asked = made.arguments()
+        assert made.chosen_of(made.offered(asked), asked)["images"].once == once
 
 
 def numbers(trace, square):
