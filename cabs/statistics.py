@@ -10,7 +10,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from numbers import Real
-from typing import NoReturn
+from typing import Any, NoReturn
+
+import numpy as np
 
 from cabs.rules import noise_scale_rule
 from cabs.scalars import Scalar, as_floats, as_integer
@@ -28,6 +30,8 @@ class PartialStatistics:
         groups: :math:`K`, how many groups, at most ``examples``.
         group_square_sum: :math:`\sum_k m_k |g_k|^2`, with :math:`g_k` the mean gradient of group
             :math:`k`; squared units of the gradient.
+        estimated: How many of the groups were not measured themselves, as
+            :class:`GradientStatistics` describes.
 
     Example:
         Two microbatches of 2 and 4 examples, whose mean gradients are (3, 0) and (0, 3):
@@ -41,10 +45,12 @@ class PartialStatistics:
     examples: int = 0
     groups: int = 0
     group_square_sum: Scalar = 0.0
+    estimated: int = 0
 
     def __post_init__(self) -> None:
         examples = as_integer(self.examples, "examples", 0)
         groups = as_integer(self.groups, "groups", 0)
+        as_integer(self.estimated, "estimated", 0)
         if groups > examples or (groups == 0 and examples > 0):
             raise ValueError(
                 f"groups must hold at least one example each and every example one group, "
@@ -63,6 +69,7 @@ class PartialStatistics:
             self.examples + other.examples,
             self.groups + other.groups,
             self.group_square_sum + other.group_square_sum,
+            self.estimated + other.estimated,
         )
 
     def __radd__(self, other: object) -> PartialStatistics:
@@ -77,21 +84,12 @@ class PartialStatistics:
                 gradients were averaged, never an average of squares.
 
         Raises:
-            ValueError: If a Python number is given that no gradients can have, since
-                :math:`m |g|^2 \le \sum_k m_k |g_k|^2`; the usual cause is a gradient that was
-                summed and not averaged.
+            ValueError: If numbers are given that no gradients can have; see
+                :class:`GradientStatistics`.
         """
-        plain = isinstance(mean_square, Real) and isinstance(self.group_square_sum, Real)
-        if plain and mean_square < 0.0:
-            raise ValueError(f"mean_square must be at least 0, got mean_square = {mean_square}")
-        # A tenth is room for gradients that were rounded to 8 bits before they were squared.
-        if plain and self.examples * mean_square > 1.1 * self.group_square_sum:
-            raise ValueError(
-                f"mean_square = {mean_square} is too large for the mean of gradients with "
-                f"sum of m_k |g_k|^2 = {self.group_square_sum} over {self.examples} examples; "
-                "average the gradients over all examples before squaring them"
-            )
-        return GradientStatistics(self.examples, self.groups, self.group_square_sum, mean_square)
+        return GradientStatistics(
+            self.examples, self.groups, self.group_square_sum, mean_square, self.estimated
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,12 +113,18 @@ class GradientStatistics:
         groups: :math:`K`, at most ``examples``.
         group_square_sum: :math:`\sum_k m_k |g_k|^2`.
         mean_square: :math:`|g|^2`.
+        estimated: How many of the groups were not measured themselves: their squares are estimated
+            from those of the others, as with a sample of the examples.
 
-    The last two may be 0-d tensors, or hold one value for each parameter group; estimates then do
-    too, except :attr:`noise_scale`, which is that of all parameters together.
+    The two squares may be 0-d tensors, or hold one value for each parameter group; estimates then
+    do too, except :attr:`noise_scale`, which is that of all parameters together.
 
     Raises:
-        ValueError: If there is no example, or there are more groups than examples.
+        ValueError: If there is no example, or there are more groups than examples; if numbers are
+            given that no gradients can have, since :math:`m |g|^2 \le \sum_k m_k |g_k|^2` unless
+            some are estimated. The variance would be negative; the usual cause is a gradient that
+            was summed and not averaged, or is not that of these examples. Tensors are looked at
+            when they are read.
 
     Example:
         Four examples with gradients 1, 2, 3, 6:
@@ -136,14 +140,19 @@ class GradientStatistics:
     groups: int
     group_square_sum: Scalar
     mean_square: Scalar
+    estimated: int = 0
 
     def __post_init__(self) -> None:
-        PartialStatistics(as_integer(self.examples, "examples", 1), self.groups)
+        examples = as_integer(self.examples, "examples", 1)
+        PartialStatistics(examples, self.groups, estimated=self.estimated)
+        squares = self.group_square_sum, self.mean_square
+        if all(isinstance(one, (Real, np.ndarray)) for one in squares):
+            _check_squares(examples, *squares, is_exact=self.estimated == 0)
 
     @property
     def partial(self) -> PartialStatistics:
         """The part that can be added to that of other batches."""
-        return PartialStatistics(self.examples, self.groups, self.group_square_sum)
+        return PartialStatistics(self.examples, self.groups, self.group_square_sum, self.estimated)
 
     @property
     def variance_trace(self) -> Scalar:
@@ -186,3 +195,22 @@ class GradientStatistics:
         )
 
     __radd__ = __add__
+
+
+# Room for gradients that were rounded to 8 bits before they were squared.
+_ROUNDED = 1.1
+
+
+def _check_squares(
+    examples: int, group_square_sum: Any, mean_square: Any, *, is_exact: bool
+) -> None:
+    """Raise ValueError for numbers that no gradients can have."""
+    if np.any(mean_square < 0.0):
+        raise ValueError(f"mean_square must be at least 0, got mean_square = {mean_square}")
+    if is_exact and np.any(examples * mean_square > _ROUNDED * group_square_sum):
+        raise ValueError(
+            f"mean_square = {mean_square} is too large for the mean of gradients with "
+            f"sum of m_k |g_k|^2 = {group_square_sum} over {examples} examples, so that their "
+            "variance would be negative; average the gradients over all examples before squaring "
+            "them, and let nothing else add to them"
+        )

@@ -97,8 +97,9 @@ class BatchStatistics:
         >>> loss_fn = lambda weight, example: weight @ example
         >>> batch = jnp.array([[1.0], [2.0], [3.0], [6.0]])
         >>> (loss, statistics), gradient = cabs_jax.value_and_grad(loss_fn)(jnp.ones(1), batch)
-        >>> statistics.read()
-        GradientStatistics(examples=4, groups=4, group_square_sum=50.0, mean_square=9.0)
+        >>> numbers = statistics.read()
+        >>> numbers.group_square_sum, numbers.mean_square
+        (50.0, 9.0)
     """
 
     examples: Any

@@ -104,8 +104,9 @@ class BatchStatistics(tf.experimental.ExtensionType):
         ...         losses = weight[0] * x
         ...     return tape.gradient(losses, [weight])
         >>> gradients, statistics = measured(tf.constant([1.0, 2.0, 3.0, 6.0]))
-        >>> statistics.read()
-        GradientStatistics(examples=4, groups=4, group_square_sum=50.0, mean_square=9.0)
+        >>> numbers = statistics.read()
+        >>> numbers.group_square_sum, numbers.mean_square
+        (50.0, 9.0)
     """
 
     examples: tf.Tensor

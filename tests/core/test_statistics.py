@@ -109,6 +109,18 @@ def test_a_gradient_that_was_summed_and_not_averaged_is_noticed():
         agreeing.complete(mean_square=-5.0)
 
 
+def test_a_negative_variance_of_measured_groups_is_an_error_and_of_estimated_ones_is_not():
+    for squares in ((8.0, 9.0), (np.array([8.0, 8.0]), np.array([2.0, 9.0]))):
+        with pytest.raises(ValueError, match="their variance would be negative"):
+            GradientStatistics(4, 4, *squares)
+        sampled = GradientStatistics(4, 4, *squares, estimated=2)
+        assert np.any(np.asarray(sampled.variance_trace) < 0.0)
+        completed = (sampled.partial + sampled.partial).complete(mean_square=squares[1])
+        assert completed.estimated == 4
+    with pytest.raises(ValueError, match="estimated must be at least 0"):
+        GradientStatistics(4, 4, 8.0, 1.0, estimated=-1)
+
+
 @given(hnp.arrays(np.float64, (6, 3), elements=st.floats(-1e3, 1e3)))
 def test_no_true_gradients_are_refused(gradients):
     statistics = statistics_of(gradients, [1] * 6)
