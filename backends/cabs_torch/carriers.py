@@ -6,13 +6,14 @@ examples is said to do so, and one that is not known here is said to be unknown.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from cabs_torch.layout import Layout, MixedError, Shape
-from cabs_torch.nodes import Node, axes, name_of, saved_axes, shape_of
+from cabs_torch.nodes import Node, axes, name_of, saved_axes, shape_of, signed
 from cabs_torch.norms import is_traced
 
 
@@ -20,8 +21,8 @@ class UnknownError(Exception):
     """An operation without a rule, which has to be tried out."""
 
 
-def of_input(node: Node, layout: Layout, index: int, shape: Shape) -> Layout | None:
-    """Return the layout of a node's ``index``-th input, of a shape, given that of its output.
+def of_input(node: Node, output: int, layout: Layout, index: int, shape: Shape) -> Layout | None:
+    """Return the layout of a node's ``index``-th input, of a shape, given that of an output.
 
     None if that input is broadcast over the examples, so that it is no example's own.
 
@@ -31,6 +32,10 @@ def of_input(node: Node, layout: Layout, index: int, shape: Shape) -> Layout | N
     """
     if name_of(node) in ("CudnnRnn", "MkldnnRnnLayer"):
         return _recurrent(node, layout, index, shape)
+    if name_of(node) in _SPLITTING:
+        return _split(node, output, layout, shape)
+    if name_of(node) == "Cat":
+        return _joined(node, layout, index, shape)
     find = _RULES.get(name_of(node))
     if find is None:
         raise UnknownError
@@ -97,6 +102,59 @@ def _within(node: Node, layout: Layout, shape: Shape) -> Layout:
         # Rows that were picked may come from a parameter, and are tried out.
         raise UnknownError if name_of(node) in ("Gather", "IndexSelect") else along_examples()
     return layout.moved(shape, axis)
+
+
+def _split(node: Node, output: int, layout: Layout, shape: Shape) -> Layout:
+    # Part of an axis was taken. Where that is the examples', as when pairs go through a model in
+    # one pass, every example must come once for each block of the axis.
+    axis, _ = layout.axis()
+    (cut,) = axes([node._saved_dim], len(shape))
+    if axis != cut:
+        return layout.moved(shape, axis)
+    length, whole, step = layout.shape[axis], shape[axis], 1
+    if name_of(node) == "Slice":
+        ends = signed(node._saved_start), signed(node._saved_end)
+        start, _, step = slice(*ends, node._saved_step).indices(whole)
+    else:
+        sizes = getattr(node, "_saved_split_sizes", None)
+        start = sum(sizes[:output]) if sizes else output * node._saved_split_size
+    if step == 1:
+        return _blocks(layout, shape, axis, start, whole)
+    if whole == step * length:
+        # Every example's elements are followed by others of its own.
+        return layout._replace(shape=shape)
+    raise along_examples()
+
+
+def _joined(node: Node, layout: Layout, index: int, shape: Shape) -> Layout:
+    # The same the other way round: inputs that lie one after another along an axis.
+    axis, _ = layout.axis()
+    (cut,) = axes([node._saved_dim], len(shape))
+    if axis != cut:
+        return layout.moved(shape, axis)
+    edges = node.next_functions
+    known = [edge[0] is not None for edge in edges]
+    sizes = [shape_of(edge)[axis] if edge[0] is not None else 0 for edge in edges]
+    if all(known[:index]):
+        start = sum(sizes[:index])
+    elif all(known[index:]):
+        start = layout.shape[axis] - sum(sizes[index:])
+    else:
+        # Inputs without a graph, whose sizes are not known, lie on both sides.
+        raise along_examples()
+    return _blocks(layout, shape, axis, start, shape[axis])
+
+
+def _blocks(layout: Layout, shape: Shape, axis: int, start: int, length: int) -> Layout:
+    """Return the layout of ``length`` places of an axis that is made of whole batches.
+
+    ``start`` is at how many places behind the beginning of a batch something begins.
+    """
+    _, inside = layout.axis()
+    batch = layout.shape[axis] // inside
+    if start % batch or length % batch:
+        raise along_examples()
+    return Layout(shape, math.prod(shape[:axis]) * (length // batch), layout.examples)
 
 
 def _index(node: Node, layout: Layout, shape: Shape) -> Layout:
@@ -202,7 +260,7 @@ _ELEMENTWISE = """
     Celu Clamp ClampMax ClampMin Clone Cos Cosh Div Elu Erf Erfc Exp Exp2 Expand Expm1 Fmod Gelu
     Hardshrink Hardsigmoid Hardswish Hardtanh HuberLoss Hypot LeakyRelu Lerp Log Log10 Log1P Log2
     LogSigmoid Logaddexp Logit MaskedFill Maximum Minimum Mish MseLoss Mul NanToNum NativeDropout
-    Neg Pow PreluKernel Reciprocal Relu Remainder RreluWithNoise Rsqrt Rsub Selu Sigmoid Sign Silu
+    Neg Pow PreluKernel Reciprocal Relu Remainder RreluWithNoise Rsqrt Rsub Sigmoid Sign Silu
     Sin Sinc Sinh SmoothL1Loss SoftMarginLoss Softplus Softshrink Sqrt Sub Tan Tanh Threshold
     ToCopy Where Xlogy
 """.split()
@@ -213,15 +271,15 @@ KEEPING = frozenset({*RESHAPING, "Clone", "ToCopy"})
 PERMUTING = frozenset("Permute T Transpose".split())
 """Operations that reorder the axes."""
 _ALONG = """
-    Cat Cummax Cummin Cumprod Cumsum Flip Gather Glu IndexSelect LogSoftmax Logcumsumexp Roll
-    SafeSoftmax Scatter Slice Softmax Sort Split SplitWithSizes Topk UnsafeSplit
-    UnsafeSplitWithSizes
+    Cummax Cummin Cumprod Cumsum Flip Gather Glu IndexSelect LogSoftmax Logcumsumexp Roll
+    SafeSoftmax Scatter Softmax Sort Topk
 """.split()
+_SPLITTING = "Slice Split SplitWithSizes UnsafeSplit UnsafeSplitWithSizes".split()
 _REDUCING = """
     Amax Amin Kthvalue LinalgVectorNorm Logsumexp Max Mean Median Min Prod Select Std Sum Unbind
     Var
 """.split()
-_LINEAR = "AdaptiveMaxPool1D MaxPool1D UpsampleLinear1D UpsampleNearest1D".split()
+_LINEAR = "UpsampleLinear1D UpsampleNearest1D".split()
 _PLANAR = """
     AdaptiveAvgPool2D AdaptiveMaxPool2D AvgPool2D MaxPool2DWithIndices Tril Triu UpsampleBicubic2D
     UpsampleBilinear2D UpsampleNearest2D UpsampleNearestExact2D
@@ -261,5 +319,5 @@ _RULES: dict[str, _Rule] = {
 
 ELEMENTWISE = frozenset(_ELEMENTWISE)
 """Operations whose output at a place depends on the inputs at that place, after broadcasting."""
-MIXING = frozenset({*_ALONG, *_REDUCING})
+MIXING = frozenset({*_ALONG, *_REDUCING, *_SPLITTING, "Cat"})
 """Operations that run along some of the axes."""

@@ -16,7 +16,8 @@ from cabs_torch.carriers import ELEMENTWISE, UnknownError
 from cabs_torch.errors import UncoveredParameterError, uncovered
 from cabs_torch.joins import Join, enter
 from cabs_torch.layout import HiddenError, Layout, MixedError
-from cabs_torch.nodes import Edge, Node, is_leaf, is_measurable, name_of, shape_of
+from cabs_torch.nodes import Edge, Node, is_leaf, is_measurable, is_sink, name_of, shape_of
+from cabs_torch.ranks import is_distributed
 from cabs_torch.segments import is_segment, run_again
 from cabs_torch.shared import Source, source_of
 from cabs_torch.trial import Calls, check, positions
@@ -114,8 +115,10 @@ class Walk:
         self, node: Node, output: int, layout: Layout, index: int, edge: Edge
     ) -> Layout | None:
         """Join an input that is a parameter's, or return the layout of one that is the data's."""
+        if is_sink(node):
+            return layout if index == output else None
         try:
-            found = enter(node, layout, index, shape_of(edge))
+            found = enter(node, output, layout, index, shape_of(edge))
         except UnknownError:
             if is_segment(node):
                 return self._look_inside(node, output, layout, index)
@@ -127,6 +130,8 @@ class Walk:
             found = None
         if isinstance(found, Layout):
             return found
+        if output and found is not None:
+            return None
         if (node, index) not in self._met:
             self._met.add((node, index))
             if found is None:
@@ -167,6 +172,8 @@ class Walk:
                 raise uncovered(
                     leaf.variable, "is given to a reentrant checkpoint, for all examples"
                 )
+            elif is_distributed(leaf.variable):
+                self._refuse(leaf, "is a DTensor, of which this rank may hold a part")
             elif leaf.variable._backward_hooks:
                 self._refuse(leaf, "has a hook, which can change its gradient")
             elif self.leaves.setdefault(id(leaf.variable), leaf) is not leaf:

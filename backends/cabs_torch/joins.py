@@ -31,10 +31,14 @@ class Join(NamedTuple):
     """From the output cotangents, the gradients of the first so many examples, if any are not 0."""
 
 
-def enter(node: Node, layout: Layout, index: int, shape: Shape) -> Layout | Join | None:
+def enter(
+    node: Node, output: int, layout: Layout, index: int, shape: Shape
+) -> Layout | Join | None:
     """Return where the examples lie in a node's input of a shape, or how it is joined with them.
 
-    None if it is the same for all examples, and there is no rule for its gradients.
+    ``layout`` is that of one of the node's outputs. A join is through the first output: from others
+    nothing flows to a parameter. None if it is the same for all examples, and there is no rule for
+    its gradients.
 
     Raises:
         MixedError: If the operation mixes examples.
@@ -43,7 +47,7 @@ def enter(node: Node, layout: Layout, index: int, shape: Shape) -> Layout | Join
     find = _JOINS.get(name_of(node))
     if find is not None:
         return find(node, layout, index, shape)
-    inner = of_input(node, layout, index, shape)
+    inner = of_input(node, output, layout, index, shape)
     if inner is None and (factor := _FACTORS.get(name_of(node))) is not None:
         return factor(node, layout, index, shape)
     return inner
@@ -99,21 +103,19 @@ def _convolution(node: Node, layout: Layout, index: int, shape: Shape) -> Layout
     if index == 2:
         return _added(layout, _channels(layout), parameter=shape)
     check_saved(node, "input")
+    # One number for all axes stays one number, as in conv2d(padding="valid").
+    rank = len(shape) - 2
+    stride, padding, dilation = (
+        list(one) * rank if len(one) == 1 else list(one)
+        for one in (node._saved_stride, node._saved_padding, node._saved_dilation)
+    )
 
     def term(cotangent: Tensor, examples: int) -> Term:
         kept = saved(node, "input")
         inputs = layout.moved(tuple(kept.shape), 0).take(kept, examples)
         sides = (inputs, layout.take(cotangent, examples))
         seen, from_where = sides[::-1] if node._saved_transposed else sides
-        return Windows(
-            seen,
-            from_where,
-            shape,
-            node._saved_stride,
-            node._saved_padding,
-            node._saved_dilation,
-            node._saved_groups,
-        )
+        return Windows(seen, from_where, shape, stride, padding, dilation, node._saved_groups)
 
     return _join("convolution", term)
 

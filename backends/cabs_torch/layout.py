@@ -14,6 +14,7 @@ import math
 from functools import lru_cache
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 Shape = tuple[int, ...]
@@ -70,10 +71,10 @@ class Layout(NamedTuple):
 
     def only(self, tensor: Tensor, members: list[int]) -> Tensor:
         """Return the tensor with the elements of all other examples replaced by zeros."""
+        is_kept = torch.zeros(self.examples, 1, dtype=torch.bool, device=tensor.device)
+        is_kept[members] = True
         blocks = tensor.reshape(self.outer, self.examples, -1)
-        alone = blocks.new_zeros(blocks.shape)
-        alone[:, members] = blocks[:, members]
-        return alone.reshape(self.shape)
+        return torch.where(is_kept, blocks, 0.0).reshape(self.shape)
 
 
 @lru_cache(maxsize=4096)

@@ -59,6 +59,7 @@ class Measurement:
         self._uses: dict[Edge, list[Use]] = defaultdict(list)
         self._hooks = ExitStack()
         self._is_pushing = False
+        self._failure: Exception | None = None
 
     def __enter__(self) -> Self:
         with ExitStack() as hooks:
@@ -73,8 +74,10 @@ class Measurement:
             self._hooks = hooks.pop_all()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._hooks.close()
+        if self._failure is not None and kind is None:
+            raise self._failure
 
     def _look_inside(self, layouts: Outputs, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
         """Measure the backward pass that a checkpoint is about to run."""
@@ -88,9 +91,18 @@ class Measurement:
         self, hooks: ExitStack, node: Node, see: Callable[[Sequence[Tensor | None]], None]
     ) -> None:
         def hook(cotangents: Sequence[Tensor | None]) -> None:
-            if not self._is_pushing:
+            if self._is_pushing or self._failure is not None:
+                return
+            try:
                 with _exact(cotangents):
                     see(cotangents)
+            except Exception as error:
+                # The pass goes on: half of it would leave the gradients of some parameters.
+                error.add_note(
+                    f"cabs: the statistics failed at {node.name()}; the gradients are complete, as "
+                    "those of a backward pass without statistics"
+                )
+                self._failure = error
 
         hooks.callback(node.register_prehook(hook).remove)
 

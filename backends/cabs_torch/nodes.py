@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.nn.parallel.distributed import _DDPSink
 from torch.utils.checkpoint import _Holder
 
 from cabs_torch.layout import HiddenError, MixedError, Shape
@@ -48,6 +49,11 @@ def is_leaf(node: Node) -> bool:
 def is_own_function(node: Node) -> bool:
     """Return whether a node is that of a ``torch.autograd.Function`` written in Python."""
     return isinstance(node, torch.autograd.function.BackwardCFunction)
+
+
+def is_sink(node: Node) -> bool:
+    """Return whether a node is what DDP puts before a model's outputs, which stay as they are."""
+    return getattr(node, "_forward_cls", None) is _DDPSink
 
 
 def is_measurable(edge: Edge) -> bool:

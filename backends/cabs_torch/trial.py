@@ -7,6 +7,7 @@ as the backward pass calls them, with the cotangents of some examples and zeros 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -16,8 +17,9 @@ from torch import Tensor
 
 from cabs_torch import norms
 from cabs_torch.joins import Join
-from cabs_torch.layout import Layout, MixedError
+from cabs_torch.layout import HiddenError, Layout, MixedError, Shape
 from cabs_torch.nodes import Node, call, is_own_function, is_packed, shape_of, zeros_for
+from cabs_torch.ranks import is_distributed
 from cabs_torch.terms import Formed, Term
 
 
@@ -38,6 +40,13 @@ def check(node: Node) -> None:
     before = [(one, one.detach().clone(), one._version) for one in _tensors(kept)]
     try:
         call(node, zeros_for(node))
+    except (HiddenError, MixedError):
+        raise
+    except Exception as error:
+        kind = type(error).__name__
+        raise MixedError(
+            f"cannot be tried out before the backward pass ({kind}: {error})"
+        ) from error
     finally:
         is_changed = attributes.keys() != kept.keys()
         attributes.clear()
@@ -75,17 +84,20 @@ def positions(node: Node, output: int, layout: Layout, index: int) -> Layout | N
     described = node._input_metadata[output]
     pattern = torch.arange(math.prod(layout.shape), device=described.device).cos() + 1.5
     pattern = pattern.to(described.dtype).reshape(layout.shape)
-    found: set[int] | None = None
+    shape = shape_of(node.next_functions[index])
+    found = _outers(shape, layout.examples)
     is_zero = True
-    for members in _halves(layout.examples):
+    for members in _sets(layout.examples):
         cotangents: list[Tensor | None] = [None] * len(node._input_metadata)
         cotangents[output] = layout.only(pattern, members)
         gradient = call(node, cotangents)[index]
         if gradient is not None:
-            is_zero = is_zero and not bool(gradient.any())
-            places = _outers(gradient, layout.examples, members)
-            found = places if found is None else found & places
-    if found is None or is_zero:
+            if is_distributed(gradient):
+                raise MixedError("computes a DTensor, of which this rank may hold a part")
+            reached = {outer: _reached(gradient, outer, layout.examples) for outer in found}
+            found = [outer for outer, examples in reached.items() if examples <= set(members)]
+            is_zero = is_zero and not any(reached.values())
+    if is_zero:
         return None
     if not found:
         raise MixedError(
@@ -93,29 +105,35 @@ def positions(node: Node, output: int, layout: Layout, index: int) -> Layout | N
         )
     if len(found) > 1:
         raise MixedError("has no rule, and its gradients leave open where the examples lie")
-    return Layout(shape_of(node.next_functions[index]), found.pop(), layout.examples)
+    return Layout(shape, found[0], layout.examples)
 
 
-def _halves(examples: int) -> Iterator[list[int]]:
-    """Yield sets of examples; for any two examples one set holds the first but not the second."""
-    for bit in range((examples - 1).bit_length()):
-        for value in (0, 1):
-            yield [example for example in range(examples) if example >> bit & 1 == value]
+def _sets(examples: int) -> Iterator[list[int]]:
+    """Yield sets of examples; for any two examples one set holds the first but not the second.
+
+    The fewest that do: each example is in half of the sets, and no two in the same (Sperner).
+    """
+    count = next(n for n in itertools.count(2) if math.comb(n, n // 2) >= examples)
+    places = list(itertools.islice(itertools.combinations(range(count), count // 2), examples))
+    for number in range(count):
+        yield [example for example, place in enumerate(places) if number in place]
 
 
-def _outers(gradient: Tensor, examples: int, members: list[int]) -> set[int]:
-    """Return the positions at which a gradient is that of some examples alone."""
+def _outers(shape: Shape, examples: int) -> list[int]:
+    """Return the positions at which a tensor of a shape can hold examples."""
     found, before = set(), 1
-    for size in gradient.shape:
+    for size in shape:
         for inside in range(1, size // examples + 1):
             if size % (inside * examples) == 0:
-                outer = before * inside
-                blocks = gradient.reshape(outer, examples, -1).clone()
-                blocks[:, members] = 0.0
-                if not bool(blocks.any()):
-                    found.add(outer)
+                found.add(before * inside)
         before *= size
-    return found
+    return sorted(found)
+
+
+def _reached(gradient: Tensor, outer: int, examples: int) -> set[int]:
+    """Return which examples a gradient is not 0 for, if they lie at a position."""
+    blocks = gradient.reshape(outer, examples, -1)
+    return set(blocks.any(dim=2).any(dim=0).nonzero().flatten().tolist())
 
 
 class Calls:

@@ -1,0 +1,137 @@
+"""Several ranks of ``torch.distributed``, of which statistics know this one alone.
+
+Guarantees: with more than one rank, a number is that of this rank's own examples, said on purpose,
+or there is an error; what an engine makes of gradients during a backward pass is noticed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
+
+from cabs_torch.errors import describe
+
+# Elements of each gradient that are compared.
+_COMPARED = 1024
+
+
+def check_process_group(process_group: Any) -> None:
+    """Raise ValueError unless it is clear whose examples a number is to be over."""
+    if process_group is not None and process_group is not False:
+        raise ValueError(
+            "process_group must be False, for this rank's own examples, or left out where there is "
+            f"one rank, got process_group = {process_group!r}"
+        )
+    if process_group is None and ranks() > 1:
+        raise ValueError(
+            f"torch.distributed runs {ranks()} ranks, and statistics are not taken over several: "
+            "pass process_group=False for those of this rank's own examples, and sum them over "
+            "ranks as the documentation describes"
+        )
+
+
+def ranks() -> int:
+    """Return how many ranks of ``torch.distributed`` there are."""
+    distributed = torch.distributed
+    is_up = distributed.is_available() and distributed.is_initialized()
+    return distributed.get_world_size() if is_up else 1
+
+
+def is_distributed(tensor: Tensor) -> bool:
+    """Return whether a tensor is a ``DTensor``, of which this rank may hold a part."""
+    return hasattr(tensor, "device_mesh")
+
+
+def check_whole(tensors: Iterable[Tensor]) -> None:
+    """Raise ValueError for a tensor of which this rank may hold a part."""
+    for tensor in tensors:
+        if is_distributed(tensor):
+            raise ValueError(
+                f"{describe(tensor)}, is a DTensor, as FSDP and tensor parallelism make them, of "
+                "which this rank holds a part; take its full_tensor(), or measure on a model "
+                "without them"
+            )
+
+
+def check_is_local(model: torch.nn.Module) -> None:
+    """Raise ValueError for a model that reduces gradients over ranks by hooks."""
+    check_whole(model.parameters())
+    for module in model.modules():
+        # By their names, since importing FSDP takes as long as half of PyTorch.
+        kinds = {kind.__name__ for kind in type(module).__mro__}
+        if kinds & {"DistributedDataParallel", "FullyShardedDataParallel"}:
+            raise ValueError(
+                f"model must be one that reduces no gradients over ranks, got a "
+                f"{type(module).__name__}: its hooks are not in a compiled step, so that each rank "
+                "would train alone; give the module inside, and reduce the gradients afterwards"
+            )
+
+
+@contextmanager
+def unreduced(parameters: Iterable[Tensor]) -> Iterator[None]:
+    """Notice what somebody else makes of gradients in a backward pass, where there are ranks.
+
+    Looks at values, which waits for the device.
+
+    Raises:
+        RuntimeError: If gradients afterwards are not those before and what the pass gave.
+    """
+    if ranks() == 1:
+        yield
+        return
+    trained = [one for one in parameters if one.requires_grad]
+    watched = [_Watched(one) for one in trained]
+    nodes = [get_gradient_edge(one).node for one in trained]
+    with ExitStack() as hooks:
+        for node, one in zip(nodes, watched, strict=True):
+            hooks.callback(node.register_prehook(one.add).remove)
+        yield
+    for one in watched:
+        if not one.is_as_expected():
+            raise RuntimeError(
+                f"{describe(one.parameter)}, holds another gradient than this rank's backward pass "
+                "gave it: something reduces gradients over ranks during the pass, as "
+                "DistributedDataParallel and FSDP do, while the squares are those of this rank. "
+                "Set the gradients to zero, run all microbatches inside of model.no_sync(), and "
+                "reduce gradients and partial statistics together afterwards"
+            )
+
+
+class _Watched:
+    """Some elements of a parameter's gradient, as they are to be after a backward pass."""
+
+    def __init__(self, parameter: Tensor) -> None:
+        self.parameter = parameter
+        self._parts = [] if parameter.grad is None else [_some(parameter.grad)]
+
+    def add(self, gradients: tuple[Tensor | None, ...]) -> None:
+        """Note what the pass gives."""
+        if gradients[0] is not None:
+            self._parts.append(_some(gradients[0]))
+
+    def is_as_expected(self) -> bool:
+        """Return whether the gradient is the sum of what was there and what was given."""
+        if not self._parts or any(part is None for part in self._parts):
+            # Sparse gradients are not compared: others of the model are.
+            return True
+        if self.parameter.grad is None:
+            return False
+        parts = torch.stack(self._parts)
+        found, scale = _some(self.parameter.grad), parts.abs().sum(dim=0).max()
+        precision = torch.finfo(self.parameter.grad.dtype).eps
+        return bool((found - parts.sum(dim=0)).abs().max() <= 16 * precision * scale)
+
+
+def _some(gradient: Tensor) -> Any:
+    """Return some of a gradient's elements in double precision, or None of a sparse one's."""
+    if gradient.is_sparse:
+        return None
+    flat = gradient.detach().flatten()
+    flat = torch.view_as_real(flat).flatten() if flat.is_complex() else flat
+    # A copy, since accumulation is in place.
+    return flat[:: max(1, len(flat) // _COMPARED)].to(torch.float64, copy=True)
