@@ -19,7 +19,10 @@ from torch.autograd.graph import get_gradient_edge
 from cabs import PartialStatistics
 from cabs_torch import norms
 from cabs_torch.errors import describe
+from cabs_torch.graph import leaves_behind
 from cabs_torch.options import as_groups, at_least
+from cabs_torch.ranks import check_process_group, check_whole, unreduced
+from cabs_torch.segments import is_segment
 from cabs_torch.statistics import BatchStatistics
 
 
@@ -36,10 +39,15 @@ class Accumulation:
             parameters, for 0-d sums, or an optimizer, for sums of shape (groups,). Those that do
             not require gradients are passed over.
         batch_size: m, how many examples all microbatches have together.
+        process_group: Where ``torch.distributed`` has more than one rank, ``False``, for this
+            rank's own microbatches. Nothing may reduce their gradients over ranks before
+            :meth:`complete`; in DDP, run them inside of ``no_sync``.
 
     Raises:
         TypeError: If ``batch_size`` is no integer.
-        ValueError: If there is no parameter that requires gradients, or ``batch_size`` is below 2.
+        ValueError: If there is no parameter that requires gradients, or one is a ``DTensor``; if
+            ``batch_size`` is below 2; if there are several ranks and it is not said that this one's
+            examples are meant.
 
     Example:
         >>> import torch, cabs_torch
@@ -52,21 +60,26 @@ class Accumulation:
         (tensor([[3.]]), 9.0)
     """
 
-    def __init__(self, parameters: Iterable[Tensor] | Any, *, batch_size: int) -> None:
+    def __init__(
+        self, parameters: Iterable[Tensor] | Any, *, batch_size: int, process_group: Any = None
+    ) -> None:
         at_least(batch_size, "batch_size", 2, None)
+        check_process_group(process_group)
         self._is_grouped = isinstance(parameters, torch.optim.Optimizer)
         if isinstance(parameters, torch.optim.Optimizer):
             groups = [group["params"] for group in parameters.param_groups]
         else:
             groups = [list(parameters)]
-        kept = as_groups(groups)
-        self._numbers, self._count = kept.numbers, kept.count
+        check_whole(one for group in groups for one in group)
+        self._groups = as_groups(groups)
+        self._numbers, self._count = self._groups.numbers, self._groups.count
         self._parameters = [one for group in groups for one in group if one.requires_grad]
         if not self._parameters:
             raise ValueError("parameters must hold one that requires gradients, got none")
         self._device = self._parameters[0].device
         self._batch_size = batch_size
         self._partial = PartialStatistics()
+        self._seen: set[int] = set()
         self._scale: Tensor | float = 1.0
         self._before = self._roots_of_gradients()
         self._versions = self._states()
@@ -82,10 +95,11 @@ class Accumulation:
 
         Raises:
             TypeError: If ``loss`` is no tensor.
-            ValueError: If it is not 0-d or has no graph, or there are more examples than the batch
-                has.
-            RuntimeError: If gradients were changed since the last microbatch, a backward pass
-                failed, or a parameter is given its gradient in several parts.
+            ValueError: If it is not 0-d, has no graph, or one that none of the parameters is in, or
+                there are more examples than the batch has.
+            RuntimeError: If gradients were changed since the last microbatch, or are reduced over
+                ranks in this one; if a backward pass failed, or a parameter is given its gradient
+                in several parts.
         """
         if not isinstance(loss, Tensor):
             raise TypeError(f"loss must be a tensor, got {type(loss).__name__}")
@@ -102,26 +116,35 @@ class Accumulation:
             )
         if not loss.requires_grad:
             raise ValueError("loss must carry a graph to the parameters; was it detached?")
+        trained = [one for one in self._parameters if one.requires_grad]
+        # The nodes are held until the end, so that they are those that the graph has.
+        nodes = [get_gradient_edge(parameter).node for parameter in trained]
+        known, first = set(nodes), get_gradient_edge(loss).node
+        if not any(leaf in known or is_segment(leaf) for leaf in leaves_behind(first)):
+            raise ValueError(
+                "loss must depend on the parameters that are accumulated, got one with none of "
+                "them in its graph; give the parameters that the forward pass uses, which are not "
+                "those that FSDP keeps sharded"
+            )
         self._check_gradients()
         share = examples / self._batch_size
         scaled = loss * share if scaler is None else scaler.scale(loss * share)
         self._scale = 1.0 if scaler is None else scaler.scale(torch.ones_like(loss)).double()
         roots: list[list[Tensor]] = [[] for _ in range(self._count)]
         seen: set[int] = set()
-        trained = [one for one in self._parameters if one.requires_grad]
-        # The nodes are held until the end, so that they are those that the graph has.
-        nodes = [get_gradient_edge(parameter).node for parameter in trained]
         hooks = [
             node.register_prehook(partial(self._see, roots, seen, parameter))
             for node, parameter in zip(nodes, trained, strict=True)
         ]
         self._is_broken = True
         try:
-            scaled.backward()
+            with unreduced(trained):
+                scaled.backward()
         finally:
             for hook in hooks:
                 hook.remove()
         self._is_broken = False
+        self._seen |= seen
         self._versions = self._states()
         summed = self._summed(roots) / (share * self._scale) ** 2
         self._partial += PartialStatistics.of_group(examples, summed)
@@ -135,7 +158,7 @@ class Accumulation:
 
         Raises:
             ValueError: If there were less than two microbatches, or they do not have as many
-                examples together as the batch.
+                examples together as the batch; if nothing was measured for a group of parameters.
             RuntimeError: If gradients were changed since the last microbatch.
         """
         whole = self._partial
@@ -145,11 +168,12 @@ class Accumulation:
             raise ValueError(
                 f"microbatches must have {self._batch_size} examples together, got {whole.examples}"
             )
+        self._groups.check_measured(self._seen)
         self._check_gradients()
         squares = self._summed(self._roots_of_gradients()) / self._scale**2
         # No branch, which would wait for the device.
         nothing = torch.where(self._summed(self._before) == 0.0, 0.0, torch.nan)
-        self._partial = PartialStatistics()
+        self._partial, self._seen = PartialStatistics(), set()
         return BatchStatistics(
             whole.examples, whole.groups, whole.group_square_sum + nothing, squares
         )

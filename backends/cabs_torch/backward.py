@@ -17,12 +17,13 @@ import torch
 from torch import Tensor
 
 from cabs_torch import norms
-from cabs_torch.errors import describe
+from cabs_torch.errors import describe_some
 from cabs_torch.graph import Policy, Walk
 from cabs_torch.layout import Layout
 from cabs_torch.measure import Measurement, Sums, by_group
 from cabs_torch.nodes import Node
 from cabs_torch.options import Groups, as_groups, at_least
+from cabs_torch.ranks import check_process_group, check_whole, unreduced
 from cabs_torch.statistics import BatchStatistics
 
 # Groups of examples for parameters that no rule covers.
@@ -41,6 +42,7 @@ def backward(
     uncovered: Policy = "error",
     batch_size: int | None = None,
     scaler: Any = None,
+    process_group: Any = None,
 ) -> BatchStatistics:
     r"""Do ``losses.mean().backward()`` and return the statistics of the batch's gradient.
 
@@ -72,6 +74,9 @@ def backward(
         scaler: A ``torch.amp.GradScaler``, which scales the loss before the backward pass. The
             statistics are those of the loss before, also if ``losses`` overflow then (not finite,
             at which a controller holds).
+        process_group: Where ``torch.distributed`` has more than one rank, ``False``, for the
+            statistics of this rank's own examples, and of their own mean gradient, whatever DDP
+            then makes of that. Statistics over all ranks are not taken yet.
 
     Returns:
         :class:`cabs_torch.BatchStatistics`, with groups of one example, over all parameters that
@@ -81,9 +86,12 @@ def backward(
     Raises:
         TypeError: If ``losses`` is no tensor, or not of a real floating-point type.
         ValueError: If it has another shape, a single example, or no graph, or one that a backward
-            pass has used already; if an option is not as described.
+            pass has used already; if an option is not as described; if nothing is measured, for
+            all parameters or for one of the groups; if there are several ranks and it is not said
+            that this one's examples are meant.
         UncoveredParameterError: If a parameter's norms cannot be had exactly; the message names
             the parameter and the operation. Nothing has been computed then.
+        RuntimeError: If gradients of a microbatch are reduced over ranks during the pass.
 
     Example:
         >>> import torch, cabs_torch
@@ -104,15 +112,26 @@ def backward(
         raise ValueError(
             f"uncovered must be 'error', 'groups' or 'ignore', got uncovered = {uncovered!r}"
         )
+    check_process_group(process_group)
     wanted = None if groups is None else as_groups(groups)
     start = Layout((examples,), 1, examples)
     numbers = None if wanted is None else wanted.numbers
     walk = Walk([(losses, start)], strict=uncovered == "error", wanted=numbers)
     measured = walk.measured
+    found = {**walk.leaves, **walk.hidden, **(walk.refused if uncovered == "groups" else {})}
+    if wanted is not None:
+        wanted.check_measured(found)
+    if not found:
+        raise ValueError(
+            "losses must depend on a parameter that can be measured, got none; are all of them "
+            "frozen, left out by groups= or uncovered='ignore', or used under no_grad?"
+        )
     if uncovered == "ignore" and _are_news(walk):
-        missing = "; ".join(describe(leaf.variable) for leaf in walk.refused.values())
+        missing = [leaf.variable for leaf in walk.refused.values()]
+        reason = walk.problems[id(missing[0])]
         warnings.warn(
-            f"the statistics leave out {1.0 - measured:.1%} of the parameters: {missing}",
+            f"the statistics leave out {1.0 - measured:.1%} of the parameters, the first of which "
+            f"{reason}: {describe_some(missing)}",
             stacklevel=2,
         )
     estimated = _by_groups(losses, walk) if uncovered == "groups" else ({}, {})
@@ -123,6 +142,8 @@ def backward(
         see = last.register_prehook(lambda given: share.append(given[losses.output_nr][0]))
         hooks.callback(see.remove)
         measurement = hooks.enter_context(Measurement(walk, measured_examples, chunk))
+        if batch_size is not None:
+            hooks.enter_context(unreduced(leaf.variable for leaf in walk.leaves.values()))
         loss = losses.mean() if batch_size is None else losses.sum() / batch_size
         loss = loss if scaler is None else scaler.scale(loss)
         loss.backward()
@@ -145,7 +166,9 @@ def backward(
     squares, means = squares + summed(estimated[0]), means + summed(estimated[1])
     if wanted is None:
         squares, means = squares.squeeze(0), means.squeeze(0)
-    return BatchStatistics(examples, examples, squares, means, measured)
+    return BatchStatistics(
+        examples, examples, squares, means, examples - measured_examples, measured=measured
+    )
 
 
 def _are_news(walk: Walk) -> bool:
@@ -196,6 +219,7 @@ def check_losses(losses: Any) -> None:
     """Raise TypeError or ValueError for what is no batch of losses with a graph."""
     if not isinstance(losses, Tensor):
         raise TypeError(f"losses must be a tensor, got {type(losses).__name__}")
+    check_whole([losses])
     if not losses.dtype.is_floating_point:
         raise TypeError(f"losses must be of a real floating-point type, got {losses.dtype}")
     if losses.dim() != 1 or not len(losses):

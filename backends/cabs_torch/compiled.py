@@ -21,6 +21,7 @@ from cabs_torch.errors import describe
 from cabs_torch.graph import leaves_behind
 from cabs_torch.nodes import is_leaf
 from cabs_torch.options import as_groups
+from cabs_torch.ranks import check_is_local, check_process_group
 from cabs_torch.statistics import BatchStatistics
 
 Signature = tuple[object, ...]
@@ -45,15 +46,17 @@ class CompiledStep:
         model: nn.Module,
         losses_of: Callable[..., Tensor],
         groups: Any,
+        process_group: Any,
         options: dict[str, Any],
         compiler: dict[str, Any],
     ) -> None:
         self._step = _Step(model, losses_of)
         self._groups = None if groups is None else as_groups(groups)
+        self._process_group = process_group
         self._options = options
         self._compiler = {"fullgraph": True, **compiler}
         self._graphs: dict[Signature, Callable[..., Any]] = {}
-        self._coverage: dict[Signature, float] = {}
+        self._coverage: dict[Signature, tuple[int, float]] = {}
 
     def __call__(self, *batch: Tensor) -> tuple[Tensor, BatchStatistics]:
         """Run a step: add the batch's gradient to what parameters hold.
@@ -63,7 +66,12 @@ class CompiledStep:
 
         Returns:
             The losses, shape (m,), without a graph, and their statistics.
+
+        Raises:
+            ValueError: If there are several ranks and it is not said that this one's examples are
+                meant.
         """
+        check_process_group(self._process_group)
         device = batch[0].device.type
         parameters = dict(self._step.named_parameters())
         trained = {name: one for name, one in parameters.items() if one.requires_grad}
@@ -90,8 +98,10 @@ class CompiledStep:
                     held = parameter.grad
                     parameter.grad = gradient if held is None else held.add_(gradient)
         examples = len(losses)
-        coverage = self._coverage[signature]
-        return losses, BatchStatistics(examples, examples, squares, means, coverage)
+        estimated, coverage = self._coverage[signature]
+        return losses, BatchStatistics(
+            examples, examples, squares, means, estimated, measured=coverage
+        )
 
     def _trace(
         self,
@@ -108,8 +118,8 @@ class CompiledStep:
             twins = {id(one): leaf for one, leaf in zip(trained.values(), leaves, strict=True)}
             _check_leaves(losses, twins.values())
             groups = None if self._groups is None else self._groups.of(twins)
-            statistics = backward(losses, groups=groups, **self._options)
-            self._coverage[signature] = statistics.measured
+            statistics = backward(losses, groups=groups, process_group=False, **self._options)
+            self._coverage[signature] = statistics.estimated, statistics.measured
             gradients = [leaf.grad for leaf in leaves]
             return losses.detach(), gradients, statistics.group_square_sum, statistics.mean_square
 
@@ -146,6 +156,7 @@ def compile(  # noqa: A001
     groups: Any = None,
     sample: int | None = None,
     chunk: int | None = None,
+    process_group: Any = None,
     **compiler: Any,
 ) -> CompiledStep:
     """Return a training step with statistics, compiled into one graph without breaks.
@@ -164,11 +175,16 @@ def compile(  # noqa: A001
         groups: As in :func:`cabs_torch.backward`.
         sample: The same.
         chunk: The same; all at once by default, since the compiler unrolls chunks.
+        process_group: As in :func:`cabs_torch.backward`.
         compiler: Options of ``torch.compile``.
 
     Returns:
         A function of a batch, which adds gradients to ``parameter.grad`` as a backward pass does,
         and returns losses and :class:`cabs_torch.BatchStatistics`.
+
+    Raises:
+        ValueError: If ``model`` holds one that reduces gradients over ranks, as DDP and FSDP do:
+            its hooks are not in a compiled step.
 
     Example:
         >>> import torch, cabs_torch
@@ -178,4 +194,6 @@ def compile(  # noqa: A001
         >>> layer.weight.grad, float(statistics.variance_trace)
         (tensor([[2., 0.]]), 2.0)
     """
-    return CompiledStep(model, losses_of, groups, {"sample": sample, "chunk": chunk}, compiler)
+    check_is_local(model)
+    options = {"sample": sample, "chunk": chunk}
+    return CompiledStep(model, losses_of, groups, process_group, options, compiler)

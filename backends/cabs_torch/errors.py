@@ -6,6 +6,7 @@ Guarantees: it names the parameter, the operation and the way out.
 from __future__ import annotations
 
 import gc
+from collections.abc import Sequence
 
 import torch
 
@@ -49,6 +50,13 @@ def describe(parameter: torch.Tensor) -> str:
     return f"a tensor that requires gradients, {shape}"
 
 
+def describe_some(parameters: Sequence[torch.Tensor]) -> str:
+    """Return what the first three parameters are, and how many more there are."""
+    more = len(parameters) - _NAMED
+    described = [describe(one) for one in parameters[:_NAMED]]
+    return "; ".join([*described, f"and {more} more"] if more > 0 else described)
+
+
 def names() -> dict[int, tuple[str, str]]:
     """Return the parameters' names in their outermost modules, and the names of their classes."""
     # The autograd graph knows no names. The longest one is that in the outermost module.
@@ -70,4 +78,5 @@ def _all_modules() -> list[torch.nn.Module]:
     ]
 
 
+_NAMED = 3
 _REGISTERS = {"_parameters", "_modules"}

@@ -6,7 +6,7 @@ Guarantees: an error says what was given and what is allowed.
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,20 @@ class Groups:
     numbers: Mapping[int, int]
     """The number of each parameter's group, by the parameter's id."""
     count: int
+    trained: frozenset[int] = frozenset()
+    """The groups with a parameter that requires gradients."""
+
+    def check_measured(self, measured: Iterable[int]) -> None:
+        """Raise ValueError for a group none of whose parameters is among those of these ids."""
+        missing = self.trained - {self.numbers[key] for key in measured if key in self.numbers}
+        if missing:
+            numbers = ", ".join(map(str, sorted(missing)))
+            raise ValueError(
+                f"nothing is measured for parameter group {numbers} of {self.count}, counted from "
+                "0: the loss depends on none of its parameters, so that its variance would read 0; "
+                "leave out groups that this loss does not train, and give the parameters that the "
+                "forward pass uses, which are not those that FSDP keeps sharded"
+            )
 
     def of(self, twins: Mapping[int, Tensor]) -> list[list[Tensor]]:
         """Return groups of the tensors that stand for parameters, given by the parameters' ids."""
@@ -35,6 +49,7 @@ def as_groups(groups: Any) -> Groups:
     if isinstance(groups, torch.optim.Optimizer):
         groups = [group["params"] for group in groups.param_groups]
     numbers: dict[int, int] = {}
+    trained: set[int] = set()
     count = 0
     for number, parameters in enumerate(groups):
         count = number + 1
@@ -53,9 +68,11 @@ def as_groups(groups: Any) -> Groups:
                 )
             if numbers.setdefault(id(parameter), number) != number:
                 raise ValueError(f"groups must not overlap: {describe(parameter)}, is in two")
+            if parameter.requires_grad:
+                trained.add(number)
     if not numbers:
         raise ValueError("groups must hold parameters, got none")
-    return Groups(numbers, count)
+    return Groups(numbers, count, frozenset(trained))
 
 
 def at_least(value: int | None, name: str, least: int, most: int | None) -> int:

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from cabs import GradientStatistics
 from cabs_torch import norms
+from cabs_torch.options import as_groups
+from cabs_torch.ranks import check_process_group, check_whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,10 +64,12 @@ class BatchStatistics(GradientStatistics):
         if event is not None:
             event.synchronize()
         group_square_sum, mean_square = sums.tolist() if sums.dim() == 1 else sums.numpy()
-        return GradientStatistics(self.examples, self.groups, group_square_sum, mean_square)
+        return GradientStatistics(
+            self.examples, self.groups, group_square_sum, mean_square, self.estimated
+        )
 
 
-def mean_square(parameters: Iterable[Tensor] | Any) -> Tensor:
+def mean_square(parameters: Iterable[Tensor] | Any, *, process_group: Any = None) -> Tensor:
     r"""Return :math:`|g|^2` of the gradients that parameters hold, in float64.
 
     For microbatches, once the gradients of all have been added up:
@@ -74,9 +78,14 @@ def mean_square(parameters: Iterable[Tensor] | Any) -> Tensor:
     Args:
         parameters: An iterable of parameters, for a 0-d tensor, or an optimizer, for one of shape
             (groups,).
+        process_group: Where ``torch.distributed`` has more than one rank, ``False``, for the
+            gradients that this rank holds: those of its own examples, or, once they are reduced
+            over ranks, of those of all. The statistics' partial sums must be over the same ones.
 
     Raises:
-        ValueError: If there is no gradient.
+        ValueError: If there is no gradient, for all parameters or for a group of an optimizer that
+            trains some; if one is a ``DTensor``; if there are several ranks and it is not said
+            that this one's gradients are meant.
 
     Example:
         >>> import torch, cabs_torch
@@ -85,14 +94,19 @@ def mean_square(parameters: Iterable[Tensor] | Any) -> Tensor:
         >>> float(cabs_torch.mean_square([weight]))
         25.0
     """
+    check_process_group(process_group)
     if isinstance(parameters, torch.optim.Optimizer):
         groups = [group["params"] for group in parameters.param_groups]
     else:
-        groups = [parameters]
+        groups = [list(parameters)]
+    check_whole(one for group in groups for one in group)
     given = [[one.grad for one in group if one.grad is not None] for group in groups]
     if not any(given):
         raise ValueError("parameters must hold gradients, got none; call backward first")
+    as_groups(groups).check_measured(
+        id(one) for group in groups for one in group if one.grad is not None
+    )
     device = next(gradient.device for gradients in given for gradient in gradients)
     roots = [[root for one in gradients for root in norms.roots(one)] for gradients in given]
     sums = [norms.squares_of(some, device) for some in roots]
-    return sums[0] if groups[0] is parameters else torch.stack(sums)
+    return torch.stack(sums) if isinstance(parameters, torch.optim.Optimizer) else sums[0]

@@ -219,12 +219,14 @@ def test_names_in_place_of_parameters_are_an_error():
         (lambda a, _: a.backward(1.0, examples=2), TypeError, "a tensor, got float"),
         (lambda a, x: a.backward(x.sum().detach(), examples=2), ValueError, "must carry a graph"),
         (
-            lambda a, x: (
-                [a.backward(x.detach().requires_grad_().mean(), examples=1) for _ in range(2)]
-                + [a.complete()]
-            ),
+            lambda a, x: [a.backward(one.sum(), examples=1) for one in x] + [a.complete()],
             ValueError,
             "4 examples together, got 2",
+        ),
+        (
+            lambda a, x: a.backward(x.detach().requires_grad_().mean(), examples=2),
+            ValueError,
+            "none of them in its graph",
         ),
     ],
 )
@@ -232,7 +234,7 @@ def test_misuse_is_an_error(act, error, message):
     layer = nn.Linear(3, 3)
     accumulation = cabs_torch.Accumulation(layer.parameters(), batch_size=4)
     with pytest.raises(error, match=message):
-        act(accumulation, layer.weight[:2] * torch.ones(2, 3))
+        act(accumulation, layer.weight[:2] + torch.ones(2, 3))
 
 
 def test_parameters_that_are_none_are_an_error():

@@ -65,7 +65,7 @@ def test_an_optimizer_gives_one_trace_a_group_for_its_learning_rates():
         [
             {"params": model.stem.parameters(), "lr": 0.1},
             {"params": [model.body.weight, model.head.bias], "lr": 0.2},
-            {"params": [nn.Parameter(torch.ones(2))], "lr": 0.3},
+            {"params": [nn.Parameter(torch.ones(2), requires_grad=False)], "lr": 0.3},
         ]
     )
     inputs, targets = batch(4)
@@ -200,7 +200,7 @@ def test_uncovered_parameters_can_be_left_out_and_are_counted():
             for loss in losses
         ]
     )
-    with pytest.warns(UserWarning, match=r"leave out 49\.0% of the parameters: .*'norm\.weight'"):
+    with pytest.warns(UserWarning, match=r"leave out 49\.0% of the parameters, .*'norm\.weight'"):
         statistics = cabs_torch.backward(losses, uncovered="ignore")
     assert statistics.measured == pytest.approx(25 / 49)
     torch.testing.assert_close(statistics.variance_trace, rows.var(dim=0).sum())
@@ -220,14 +220,33 @@ def test_several_losses_are_added_before():
     torch.testing.assert_close(found.variance_trace, rows.var(dim=0).sum())
 
 
-def test_parameters_outside_of_the_graph_are_left_alone():
+def test_a_group_with_nothing_measured_is_an_error_before_any_gradient():
     torch.manual_seed(0)
     model, other = nn.Linear(3, 2), nn.Parameter(torch.ones(3))
     losses = squares(model(torch.randn(4, 3)), torch.randn(4))
-    statistics = cabs_torch.backward(losses, groups=[[other], model.parameters()])
+    with pytest.raises(ValueError, match="nothing is measured for parameter group 0 of 2"):
+        cabs_torch.backward(losses, groups=[[other], model.parameters()])
+    assert model.weight.grad is None
+    # One outside of the graph beside others is left alone.
+    statistics = cabs_torch.backward(losses, groups=[[other, model.bias], [model.weight]])
     assert other.grad is None
-    assert float(statistics.group_square_sum[0]) == 0.0
-    assert float(statistics.group_square_sum[1]) > 0.0
+    assert bool((statistics.group_square_sum > 0.0).all())
+
+
+def test_a_warning_says_the_reason_first_and_then_three_names_at_most():
+    norms = nn.Sequential(*(nn.BatchNorm1d(3) for _ in range(5)), nn.Linear(3, 1))
+    losses = squares(norms(torch.randn(4, 3)), torch.randn(4))
+    with pytest.warns(UserWarning, match=r"normalizes over the batch.*: .*; and 7 more$") as said:
+        cabs_torch.backward(losses, uncovered="ignore")
+    assert str(said[0].message).count("of shape") == 3
+
+
+def test_losses_of_frozen_or_left_out_parameters_alone_are_an_error():
+    norm = nn.BatchNorm1d(3)
+    losses = squares(norm(torch.randn(4, 3)), torch.randn(4))
+    with pytest.raises(ValueError, match="must depend on a parameter that can be measured"):
+        cabs_torch.backward(losses, uncovered="ignore")
+    assert norm.weight.grad is None
 
 
 @pytest.mark.parametrize(
@@ -264,9 +283,20 @@ def test_losses_of_inference_mode_are_refused():
         cabs_torch.backward(losses)
 
 
-def test_a_group_without_gradients_counts_as_zero():
+def test_an_accumulation_of_a_group_with_nothing_measured_is_an_error():
     layer, other = nn.Linear(3, 2), nn.Parameter(torch.ones(3))
     optimizer = torch.optim.SGD([{"params": [other]}, {"params": layer.parameters()}], 0.1)
+    accumulation = cabs_torch.Accumulation(optimizer, batch_size=4)
+    for _ in range(2):
+        accumulation.backward(layer(torch.randn(2, 3)).square().mean(), examples=2)
+    for act in (accumulation.complete, lambda: cabs_torch.mean_square(optimizer)):
+        with pytest.raises(ValueError, match="nothing is measured for parameter group 0 of 2"):
+            act()
+
+
+def test_a_frozen_group_counts_as_zero():
+    layer, other = nn.Linear(3, 2), nn.Linear(3, 2).requires_grad_(False)
+    optimizer = torch.optim.SGD([{"params": other.parameters()}, {"params": layer.parameters()}])
     accumulation = cabs_torch.Accumulation(optimizer, batch_size=4)
     for _ in range(2):
         accumulation.backward(layer(torch.randn(2, 3)).square().mean(), examples=2)
@@ -274,6 +304,14 @@ def test_a_group_without_gradients_counts_as_zero():
     trace = accumulation.complete().variance_trace
     assert trace[0] == 0.0
     assert trace[1] > 0.0
+
+
+def test_the_variance_of_a_sample_may_be_negative_and_says_that_it_is_estimated():
+    layer = nn.Linear(3, 1, bias=False)
+    inputs = torch.tensor([[0.1, 0.0, 0.0]] * 2 + [[5.0, 0.0, 0.0]] * 2)
+    statistics = cabs_torch.backward(layer(inputs).squeeze(1), sample=2)
+    assert statistics.estimated == 2
+    assert statistics.read().variance_trace < 0.0
 
 
 def test_mean_square_without_gradients_is_an_error():

@@ -1,0 +1,209 @@
+"""With several ranks, a number is that of this rank's own examples, or there is an error."""
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Replicate, distribute_module, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+
+import cabs_torch
+from tests.torch.models import cross_entropy
+from tests.torch.reference import gradients_one_by_one
+
+EACH = 4
+
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(5, 6), nn.LayerNorm(6), nn.Tanh(), nn.Linear(6, 3)).double()
+
+
+def share():
+    """Return this rank's share of the batch."""
+    torch.manual_seed(1)
+    inputs, targets = torch.randn(2 * EACH, 5).double(), torch.randint(3, (2 * EACH,))
+    mine = slice(EACH * dist.get_rank(), EACH * (dist.get_rank() + 1))
+    return inputs[mine], targets[mine]
+
+
+def own_rows():
+    """Return the gradients of this rank's own examples, one by one."""
+    return gradients_one_by_one(network(), cross_entropy, *share())
+
+
+def trace_of(rows):
+    return rows.var(dim=0).sum()
+
+
+def assert_nothing_written(model):
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def numbers_without_a_word_about_ranks_are_errors():
+    model = network()
+    inputs, targets = share()
+    losses = cross_entropy(model(inputs), targets)
+    step = cabs_torch.compile(
+        model, lambda x, y: cross_entropy(model(x), y), backend="aot_eager", groups=None
+    )
+    for act in (
+        lambda: cabs_torch.backward(losses),
+        lambda: cabs_torch.Accumulation(model.parameters(), batch_size=EACH),
+        lambda: cabs_torch.mean_square(model.parameters()),
+        lambda: step(inputs, targets),
+    ):
+        with pytest.raises(ValueError, match=r"runs 2 ranks.* pass process_group=False"):
+            act()
+    with pytest.raises(ValueError, match="process_group must be False"):
+        cabs_torch.backward(losses, process_group=dist.group.WORLD)
+    assert_nothing_written(model)
+
+
+def backward_measures_this_ranks_own_examples_under_every_wrapper():
+    inputs, targets = share()
+    rows = own_rows()
+    wrappers = {
+        "none": lambda model: model,
+        "ddp": DistributedDataParallel,
+        "static": lambda model: DistributedDataParallel(model, static_graph=True),
+        "unused": lambda model: DistributedDataParallel(model, find_unused_parameters=True),
+        "views": lambda model: DistributedDataParallel(model, gradient_as_bucket_view=True),
+        "fsdp": lambda model: fully_shard(model, mesh=init_device_mesh("cpu", (2,))),
+    }
+    for name, wrap in wrappers.items():
+        model = wrap(network())
+        plain = wrap(network())
+        for _ in range(3):
+            for one in (model, plain):
+                one.zero_grad()
+            cross_entropy(plain(inputs), targets).mean().backward()
+            statistics = cabs_torch.backward(
+                cross_entropy(model(inputs), targets), process_group=False
+            )
+            assert statistics.examples == EACH, name
+            torch.testing.assert_close(statistics.variance_trace, trace_of(rows))
+            torch.testing.assert_close(statistics.mean_square, rows.mean(dim=0).square().sum())
+            for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
+                same = ours.grad == theirs.grad
+                assert bool((same.to_local() if hasattr(same, "to_local") else same).all()), name
+
+
+def gradients_that_somebody_reduces_give_no_statistics_of_microbatches():
+    inputs, targets = share()
+    for make in (DistributedDataParallel, lambda one: DistributedDataParallel(one, None, None, 0)):
+        model = make(network())
+        accumulation = cabs_torch.Accumulation(
+            model.parameters(), batch_size=EACH, process_group=False
+        )
+        with model.no_sync():
+            accumulation.backward(cross_entropy(model(inputs[:2]), targets[:2]).mean(), examples=2)
+        loss = cross_entropy(model(inputs[2:]), targets[2:]).mean()
+        with pytest.raises(RuntimeError, match="something reduces gradients over ranks"):
+            accumulation.backward(loss, examples=2)
+        model = make(network())
+        losses = cross_entropy(model(inputs), targets)
+        with pytest.raises(RuntimeError, match="something reduces gradients over ranks"):
+            cabs_torch.backward(losses, batch_size=2 * EACH, process_group=False)
+
+
+def microbatches_without_a_reduction_are_this_ranks_groups():
+    inputs, targets = share()
+    rows = own_rows()
+    model = DistributedDataParallel(network())
+    accumulation = cabs_torch.Accumulation(model.parameters(), batch_size=EACH, process_group=False)
+    with model.no_sync():
+        for part in (slice(0, 2), slice(2, 4)):
+            loss = cross_entropy(model(inputs[part]), targets[part]).mean()
+            accumulation.backward(loss, examples=2)
+    groups = rows.view(2, 2, -1).mean(dim=1)
+    found = accumulation.complete().variance_trace
+    torch.testing.assert_close(found, 2 * trace_of(groups))
+    model.zero_grad()
+    parts = []
+    with model.no_sync():
+        for part in (slice(0, 2), slice(2, 4)):
+            losses = cross_entropy(model(inputs[part]), targets[part])
+            statistics = cabs_torch.backward(losses, batch_size=EACH, process_group=False)
+            parts.append(statistics.partial)
+    square = cabs_torch.mean_square(model.parameters(), process_group=False)
+    torch.testing.assert_close(
+        sum(parts).complete(mean_square=square).variance_trace, trace_of(rows)
+    )
+
+
+def sharded_parameters_are_errors_and_no_zeros():
+    inputs, targets = share()
+    mesh = init_device_mesh("cpu", (2,))
+    model = fully_shard(network(), mesh=mesh)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    for parameters in (model.parameters(), optimizer):
+        with pytest.raises(ValueError, match="is a DTensor"):
+            cabs_torch.Accumulation(parameters, batch_size=EACH, process_group=False)
+    losses = cross_entropy(model(inputs), targets)
+    with pytest.raises(ValueError, match="nothing is measured for parameter group 0"):
+        cabs_torch.backward(losses, groups=optimizer, process_group=False)
+    held = [nn.Parameter(torch.ones(3))]
+    accumulation = cabs_torch.Accumulation(held, batch_size=EACH, process_group=False)
+    with pytest.raises(ValueError, match="none of them in its graph"):
+        accumulation.backward(losses.mean(), examples=2)
+    # Between the passes the model holds the whole parameters, whose gradients it then shards.
+    accumulation = cabs_torch.Accumulation(model.parameters(), batch_size=EACH, process_group=False)
+    with pytest.raises(RuntimeError, match="something reduces gradients over ranks"):
+        accumulation.backward(losses.mean(), examples=2)
+    with pytest.raises(ValueError, match="is a DTensor"):
+        cabs_torch.mean_square(model.parameters(), process_group=False)
+
+
+def distributed_tensors_are_errors():
+    model = distribute_module(network(), init_device_mesh("cpu", (2,)))
+    whole = [distribute_tensor(one, model[0].weight.device_mesh, [Replicate()]) for one in share()]
+    losses = cross_entropy(model(whole[0]), whole[1])
+    with pytest.raises(ValueError, match="is a DTensor"):
+        cabs_torch.backward(losses, process_group=False)
+    with pytest.raises(cabs_torch.UncoveredParameterError, match="computes a DTensor"):
+        cabs_torch.backward(losses.to_local(), process_group=False)
+    assert_nothing_written(model)
+
+
+def a_compiled_step_of_a_wrapper_is_an_error():
+    wrapped = DistributedDataParallel(network())
+    with pytest.raises(ValueError, match="each rank would train alone"):
+        cabs_torch.compile(wrapped, cross_entropy, process_group=False)
+    model = network()
+    step = cabs_torch.compile(
+        model, lambda x, y: cross_entropy(model(x), y), backend="aot_eager", process_group=False
+    )
+    found = step(*share())[1].variance_trace
+    torch.testing.assert_close(found, trace_of(own_rows()))
+
+
+CLAIMS = (
+    numbers_without_a_word_about_ranks_are_errors,
+    backward_measures_this_ranks_own_examples_under_every_wrapper,
+    gradients_that_somebody_reduces_give_no_statistics_of_microbatches,
+    microbatches_without_a_reduction_are_this_ranks_groups,
+    sharded_parameters_are_errors_and_no_zeros,
+    distributed_tensors_are_errors,
+    a_compiled_step_of_a_wrapper_is_an_error,
+)
+
+
+def on_a_rank(rank, meeting, number):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
+    try:
+        CLAIMS[number]()
+    except BaseException as error:
+        # What pytest raises is no Exception, of which alone the parent process is told.
+        raise AssertionError(str(error)) from error
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("number", range(len(CLAIMS)), ids=[claim.__name__ for claim in CLAIMS])
+def test_on_two_ranks(tmp_path, number):
+    arguments = (tmp_path / "meeting", number)
+    mp.start_processes(on_a_rank, arguments, nprocs=2, start_method="fork")
