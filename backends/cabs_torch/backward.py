@@ -1,8 +1,9 @@
 """The backward pass, with the gradient statistics of its batch.
 
 Guarantees: the gradients are those of ``losses.mean().backward()`` to the bit; the statistics are
-exact up to rounding, or an error is raised before any gradient was written; on a GPU nothing waits
-for the device, except to try out an operation without a rule, or to see which rows an index takes.
+exact up to rounding, or an error is raised before any gradient was written, or after all were, if
+the measurement itself fails; on a GPU nothing waits for the device, except to try out an operation
+without a rule, to see which rows an index takes, or to notice what reduces gradients over ranks.
 Assumes that no hook on the way changes a gradient, and that one thread at a time trains the model.
 """
 
