@@ -30,6 +30,14 @@ def share():
     return inputs[mine], targets[mine]
 
 
+def sharded_by_layers(model):
+    mesh = init_device_mesh("cpu", (2,))
+    for layer in model:
+        if list(layer.parameters()):
+            fully_shard(layer, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
 def own_rows():
     """Return the gradients of this rank's own examples, one by one."""
     return gradients_one_by_one(network(), cross_entropy, *share())
@@ -73,6 +81,7 @@ def backward_measures_this_ranks_own_examples_under_every_wrapper():
         "unused": lambda model: DistributedDataParallel(model, find_unused_parameters=True),
         "views": lambda model: DistributedDataParallel(model, gradient_as_bucket_view=True),
         "fsdp": lambda model: fully_shard(model, mesh=init_device_mesh("cpu", (2,))),
+        "fsdp by layers": sharded_by_layers,
     }
     for name, wrap in wrappers.items():
         model = wrap(network())
