@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from numbers import Real
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import numpy as np
 
@@ -123,8 +123,8 @@ class GradientStatistics:
         ValueError: If there is no example, or there are more groups than examples; if numbers are
             given that no gradients can have, since :math:`m |g|^2 \le \sum_k m_k |g_k|^2` unless
             some are estimated. The variance would be negative; the usual cause is a gradient that
-            was summed and not averaged, or is not that of these examples. Tensors are looked at
-            when they are read.
+            was summed and not averaged, or is not that of these examples. Tensors of a device are
+            looked at when they are read.
 
     Example:
         Four examples with gradients 1, 2, 3, 6:
@@ -146,7 +146,7 @@ class GradientStatistics:
         examples = as_integer(self.examples, "examples", 1)
         PartialStatistics(examples, self.groups, estimated=self.estimated)
         squares = self.group_square_sum, self.mean_square
-        if all(isinstance(one, (Real, np.ndarray)) for one in squares):
+        if all(map(_is_at_hand, squares)):
             _check_squares(examples, *squares, is_exact=self.estimated == 0)
 
     @property
@@ -201,16 +201,28 @@ class GradientStatistics:
 _ROUNDED = 1.1
 
 
+def _is_at_hand(square: Scalar) -> bool:
+    """Return whether a number, or an array of some, can be read without waiting for a device."""
+    if isinstance(square, (Real, np.ndarray)):
+        return True
+    # PyTorch's own, since tensors of other classes may have no values.
+    is_tensor = type(square).__qualname__ == "Tensor" and type(square).__module__ == "torch"
+    return is_tensor and square.device.type == "cpu"
+
+
 def _check_squares(
-    examples: int, group_square_sum: Any, mean_square: Any, *, is_exact: bool
+    examples: int, group_square_sum: Scalar, mean_square: Scalar, *, is_exact: bool
 ) -> None:
     """Raise ValueError for numbers that no gradients can have."""
-    if np.any(mean_square < 0.0):
-        raise ValueError(f"mean_square must be at least 0, got mean_square = {mean_square}")
-    if is_exact and np.any(examples * mean_square > _ROUNDED * group_square_sum):
-        raise ValueError(
-            f"mean_square = {mean_square} is too large for the mean of gradients with "
-            f"sum of m_k |g_k|^2 = {group_square_sum} over {examples} examples, so that their "
-            "variance would be negative; average the gradients over all examples before squaring "
-            "them, and let nothing else add to them"
-        )
+    sums = as_floats(group_square_sum, "group_square_sum")
+    means = as_floats(mean_square, "mean_square")
+    for group, mean in zip(sums, means, strict=True):
+        if mean < 0.0:
+            raise ValueError(f"mean_square must be at least 0, got mean_square = {mean}")
+        if is_exact and examples * mean > _ROUNDED * group:
+            raise ValueError(
+                f"mean_square = {mean} is too large for the mean of gradients with sum of "
+                f"m_k |g_k|^2 = {group} over {examples} examples, so that their variance would be "
+                "negative; average the gradients over all examples before squaring them, set them "
+                "to zero before a step, and let nothing else add to them"
+            )

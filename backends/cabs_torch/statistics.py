@@ -41,8 +41,9 @@ class BatchStatistics(GradientStatistics):
     _copy: Any = field(init=False, repr=False, compare=False, default=None)
 
     def __post_init__(self) -> None:
-        # super() does not know the class that slots=True makes.
-        GradientStatistics.__post_init__(self)
+        if not norms.is_traced():
+            # super() does not know the class that slots=True makes.
+            GradientStatistics.__post_init__(self)
         sums = torch.stack([self.group_square_sum, self.mean_square])
         event = None
         if sums.is_cuda:

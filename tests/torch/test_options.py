@@ -294,6 +294,17 @@ def test_an_accumulation_of_a_group_with_nothing_measured_is_an_error():
             act()
 
 
+def test_gradients_of_an_earlier_step_beside_partial_statistics_are_an_error():
+    layer, inputs = nn.Linear(3, 1), torch.randn(4, 3) + 5.0
+    parts = []
+    for part in (inputs[:2], inputs[2:], inputs[2:], inputs[2:]):
+        losses = layer(part).squeeze(1)
+        parts.append(cabs_torch.backward(losses, batch_size=4).partial)
+    square = cabs_torch.mean_square(layer.parameters())
+    with pytest.raises(ValueError, match="set them to zero before a step"):
+        sum(parts[:2]).complete(mean_square=square)
+
+
 def test_a_frozen_group_counts_as_zero():
     layer, other = nn.Linear(3, 2), nn.Linear(3, 2).requires_grad_(False)
     optimizer = torch.optim.SGD([{"params": other.parameters()}, {"params": layer.parameters()}])
