@@ -42,7 +42,11 @@ def square_of(gradients: Sequence[Any]) -> Any:
     """Return the sum of squares of gradients, which may be None or ``tf.IndexedSlices``."""
     given = [gradient for gradient in gradients if gradient is not None]
     if not given:
-        raise ValueError("gradients must hold at least one that is not None")
+        raise ValueError(
+            "gradients must hold at least one that is not None, or nothing is measured, got "
+            f"{len(gradients)} of None; does the loss depend on these variables, and does the tape "
+            "watch them?"
+        )
     sums = [tf.cast(_square_of_one(one), sum_type(given)) for one in given]
     return tf.add_n(sums)
 

@@ -1,6 +1,7 @@
 """Gradient statistics as TensorFlow sees them: composite tensors, inside a function or out of it.
 
-Guarantees: nothing is read from a device until :meth:`BatchStatistics.read`.
+Guarantees: nothing is read from a device until :meth:`BatchStatistics.read`; the statistics of one
+replica out of several are never taken for those of the batch.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import tensorflow as tf
 
 from cabs import GradientStatistics
 from cabs_tensorflow import norms
+from cabs_tensorflow.replicas import replica_here
 
 
 class PartialStatistics(tf.experimental.ExtensionType):
@@ -23,6 +25,11 @@ class PartialStatistics(tf.experimental.ExtensionType):
         examples: :math:`m`, int32, shape ().
         groups: :math:`K`, int32, shape ().
         group_square_sum: :math:`\sum_k m_k |g_k|^2`, float, shape ().
+        estimated: How many of the groups were not measured themselves but estimated from a sample
+            of them, int32, shape ().
+        shares: Of which replicas it holds groups, as :meth:`of_group` notes under a
+            ``tf.distribute`` strategy of several; empty for numbers that are summed over them.
+        replicas: How many replicas there are.
 
     Example:
         Two microbatches of 2 and 4 examples, whose mean gradients are (3, 0) and (0, 3):
@@ -38,6 +45,9 @@ class PartialStatistics(tf.experimental.ExtensionType):
     examples: tf.Tensor
     groups: tf.Tensor
     group_square_sum: tf.Tensor
+    estimated: tf.Tensor = 0  # type: ignore[assignment]
+    shares: tuple[int, ...] = ()
+    replicas: int = 1
 
     @classmethod
     def zero(cls, dtype: Any = tf.float32) -> PartialStatistics:
@@ -45,17 +55,24 @@ class PartialStatistics(tf.experimental.ExtensionType):
 
         ``dtype`` is that of squared norms: float64 for gradients in float64, and float32 otherwise.
         """
-        return cls(tf.constant(0), tf.constant(0), tf.zeros((), dtype))
+        shares, replicas = replica_here()
+        return cls(tf.constant(0), tf.constant(0), tf.zeros((), dtype), 0, shares, replicas)
 
     @classmethod
     def of_group(cls, examples: Any, gradients: Any) -> PartialStatistics:
         """Return the part of one group, from its size and its mean gradient.
 
         Gradients are a nest of tensors, ``tf.IndexedSlices`` or None, as a tape gives them.
+
+        Raises:
+            ValueError: If no gradient is given, or all are None: nothing was measured, which is not
+                a variance of 0; or if one holds the values of several replicas.
         """
         examples = tf.cast(examples, tf.int32)
         square = norms.square_of(_flat(gradients))
-        return cls(examples, tf.constant(1), tf.cast(examples, square.dtype) * square)
+        shares, replicas = replica_here()
+        square_sum = tf.cast(examples, square.dtype) * square
+        return cls(examples, tf.constant(1), square_sum, 0, shares, replicas)
 
     def __add__(self, other: Any) -> PartialStatistics:
         if not isinstance(other, PartialStatistics):
@@ -64,17 +81,36 @@ class PartialStatistics(tf.experimental.ExtensionType):
             self.examples + other.examples,
             self.groups + other.groups,
             self.group_square_sum + other.group_square_sum,
+            self.estimated + other.estimated,
+            tuple(sorted({*self.shares, *other.shares})),
+            max(self.replicas, other.replicas),
         )
 
     def complete(self, gradients: Any) -> BatchStatistics:
         """Return the statistics of all examples together, from their mean gradient.
 
         The gradient is the mean over all examples, never a mean of means of groups that differ in
-        size.
+        size, nor that of one replica out of several.
+
+        Raises:
+            ValueError: If it holds the groups of some replicas only; if no gradient is given, all
+                are None, or one holds the values of several replicas.
         """
+        if len(self.shares) < self.replicas > 1:
+            raise ValueError(
+                f"these are the groups of {len(self.shares)} of {self.replicas} replicas, whose "
+                "statistics are not those of the batch; sum examples, groups, group_square_sum and "
+                'estimated over the replicas with one all_reduce("SUM", ...), complete a '
+                "cabs_tensorflow.PartialStatistics of the sums, and give it the gradient that is "
+                "averaged over all examples in the same way"
+            )
         square = norms.square_of(_flat(gradients))
         return BatchStatistics(
-            self.examples, self.groups, self.group_square_sum, tf.cast(square, self.dtype)
+            self.examples,
+            self.groups,
+            self.group_square_sum,
+            tf.cast(square, self.dtype),
+            self.estimated,
         )
 
     @property
@@ -92,6 +128,8 @@ class BatchStatistics(tf.experimental.ExtensionType):
         group_square_sum: :math:`\sum_k m_k |g_k|^2`, with :math:`g_k` the mean gradient of a
             group.
         mean_square: :math:`|g|^2`, of the mean gradient over all examples.
+        estimated: How many of the groups were not measured themselves but estimated from a sample
+            of them, int32.
 
     See :class:`cabs.GradientStatistics` for what they tell.
 
@@ -113,11 +151,12 @@ class BatchStatistics(tf.experimental.ExtensionType):
     groups: tf.Tensor
     group_square_sum: tf.Tensor
     mean_square: tf.Tensor
+    estimated: tf.Tensor = 0  # type: ignore[assignment]
 
     @property
     def partial(self) -> PartialStatistics:
         """The part that can be added to that of other batches."""
-        return PartialStatistics(self.examples, self.groups, self.group_square_sum)
+        return PartialStatistics(self.examples, self.groups, self.group_square_sum, self.estimated)
 
     @property
     def variance_trace(self) -> Any:
@@ -141,6 +180,7 @@ class BatchStatistics(tf.experimental.ExtensionType):
 
         Raises:
             TypeError: Inside of a ``tf.function``, where there are no numbers yet.
+            ValueError: If no gradients can have them, as :class:`cabs.GradientStatistics` says.
         """
         if not tf.executing_eagerly():
             raise TypeError(
@@ -152,6 +192,7 @@ class BatchStatistics(tf.experimental.ExtensionType):
             int(self.groups),
             float(self.group_square_sum),
             float(self.mean_square),
+            int(self.estimated),
         )
 
     def __add__(self, other: Any) -> Any:
@@ -165,4 +206,9 @@ class BatchStatistics(tf.experimental.ExtensionType):
 def _flat(gradients: Any) -> Sequence[Any]:
     """Return the gradients of a nest; slices are whole."""
     flat: Sequence[Any] = tf.nest.flatten(gradients, expand_composites=False)
+    if any(isinstance(one, tf.distribute.DistributedValues) for one in flat):
+        raise ValueError(
+            "gradients must be tensors, got values of several replicas; take those of each from "
+            "strategy.experimental_local_results, or reduce them first"
+        )
     return flat

@@ -14,6 +14,7 @@ import tensorflow as tf
 from cabs.scalars import as_integer
 from cabs_tensorflow import norms
 from cabs_tensorflow.measure import Measurement
+from cabs_tensorflow.replicas import check_alone
 from cabs_tensorflow.statistics import BatchStatistics
 
 # AutoGraph would look for loops over tensors here.
@@ -108,12 +109,14 @@ class GradientTape:
         Raises:
             TypeError: If the losses are no tensor of real numbers.
             ValueError: If the losses have not shape (m,), with m at least 2, belong to another
-                function, or depend on none of the sources; or if ``sample`` is below 1.
+                function, or depend on none of the sources; if ``sample`` is below 1; or in a
+                ``tf.distribute`` strategy of several replicas.
             UncoveredParameterError: If the statistics of a variable cannot be had exactly; it names
                 the variable and the operation.
         """
         _check(losses, sample)
         flat = tf.nest.flatten(sources)
+        check_alone(flat)
         roots = list({_key(root): root for root in flat}.values())
         seen = self._graph.get_operations()[self._before : self._until]
         recorded = frozenset(operation.name for operation in seen)
@@ -151,7 +154,8 @@ class GradientTape:
         if loss_scale is not None:
             scale = tf.cast(loss_scale, dtype) ** 2
             share, mean_square = share / scale, mean_square / scale
-        statistics = BatchStatistics(examples, examples, total * share, mean_square)
+        estimated = examples - measurement.taken
+        statistics = BatchStatistics(examples, examples, total * share, mean_square, estimated)
         return tf.nest.pack_sequence_as(sources, gradients), statistics
 
 

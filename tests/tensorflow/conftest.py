@@ -1,4 +1,4 @@
-"""TensorFlow is quiet while it is imported, and every test draws the same numbers."""
+"""TensorFlow is quiet while it is imported, has two devices, and draws the same numbers."""
 
 import os
 
@@ -8,6 +8,11 @@ os.environ.setdefault("KERAS_BACKEND", "tensorflow")
 
 import keras
 import pytest
+import tensorflow as tf
+
+# Before anything is computed, after which it is too late: two replicas have a device each.
+(PROCESSOR,) = tf.config.list_physical_devices("CPU")
+tf.config.set_logical_device_configuration(PROCESSOR, [tf.config.LogicalDeviceConfiguration()] * 2)
 
 
 def pytest_configure(config):

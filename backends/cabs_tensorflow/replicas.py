@@ -1,0 +1,50 @@
+"""Which replica of a ``tf.distribute`` strategy a computation belongs to.
+
+Guarantees: a computation that sees one replica's share of the batch says so; nothing is sent from
+one replica to another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import tensorflow as tf
+
+
+def replica_here() -> tuple[tuple[int, ...], int]:
+    """Return the number of the replica that is computed here, and how many there are.
+
+    The number is empty where all of the batch is seen: outside of ``strategy.run``, or in that of a
+    strategy with one replica.
+    """
+    context = tf.distribute.get_replica_context()
+    if context is None or context.num_replicas_in_sync == 1:
+        return (), 1
+    number = tf.get_static_value(context.replica_id_in_sync_group)
+    return (-1 if number is None else int(number),), int(context.num_replicas_in_sync)
+
+
+def check_alone(roots: Iterable[Any]) -> None:
+    """Raise ValueError where exact statistics would be those of one replica, or of none.
+
+    Args:
+        roots: Variables and tensors.
+    """
+    _, replicas = replica_here()
+    if replicas > 1:
+        raise ValueError(
+            f"this is one of {replicas} replicas, whose gradient and statistics are not those of "
+            "the batch; take the gradient of its share with tf.GradientTape, and the variance from "
+            "the replicas as groups, with cabs_tensorflow.PartialStatistics.of_group, as the page "
+            "on TensorFlow shows"
+        )
+    if tf.distribute.in_cross_replica_context() and any(
+        isinstance(root, tf.distribute.DistributedValues) for root in roots
+    ):
+        raise ValueError(
+            "sources must be variables of one replica, got those of a tf.distribute strategy "
+            "outside of strategy.run; create them outside of the strategy's scope, or take "
+            "gradients in strategy.run, with tf.GradientTape and "
+            "cabs_tensorflow.PartialStatistics.of_group"
+        )
