@@ -8,6 +8,7 @@ function, since the controller decides between two of them.
 
 from __future__ import annotations
 
+import inspect
 import math
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ import tensorflow as tf
 
 from cabs import Controller, DebiasedAverage, Decision, RunLog, noise_scale_rule
 from cabs.scalars import as_integer
+from cabs_tensorflow.conditions import check_compiled, is_overridden
 from cabs_tensorflow.epochs import run_epochs, with_class_weights
 from cabs_tensorflow.losses import compiled_losses
 from cabs_tensorflow.steps import measure, measure_groups
@@ -177,22 +179,46 @@ class AdaptiveBatchSize(_Model):
 
         It is the mean of the compiled loss over all axes but the first, times the weight of the
         example, summed over outputs, and the penalties of weight regularizers, the same for all
-        examples. Override it along with ``compute_loss``.
+        examples. Where a mask or ``ignore_class`` leaves n positions of the whole batch, it is the
+        example's sum over its own of them, times m / n. Override it for a loss of your own, and
+        leave ``compute_loss``, which is then its mean, also in ``evaluate``.
 
         Raises:
             ValueError: If Keras minimizes something else than a mean over examples, as with
-                ``add_loss``, an activity regularizer, or a reduction such as ``"sum"``.
+                ``add_loss``, an activity regularizer, or a reduction such as ``"sum"``; or if the
+                weights or masks of examples would meet the values of others.
         """
         del x
         losses = compiled_losses(self, y, y_pred, sample_weight)
-        variables = [one for one in self.trainable_variables if one.regularizer is not None]
+        variables = [one for one in self.trainable_weights if one.regularizer is not None]
         if len(self.losses) > len(variables):
             raise ValueError(
                 f"model {self.name!r} has losses of a whole batch, by add_loss or an activity "
                 "regularizer; estimate the variance from groups of examples, with groups=8, or "
                 "override compute_losses"
             )
-        return sum((tf.cast(one.regularizer(one), losses.dtype) for one in variables), losses)
+        penalties = [tf.reduce_sum(one.regularizer(one)) for one in variables]
+        return sum((tf.cast(one, losses.dtype) for one in penalties), losses)
+
+    def compute_loss(
+        self,
+        x: Any = None,
+        y: Any = None,
+        y_pred: Any = None,
+        sample_weight: Any = None,
+        training: bool = True,
+    ) -> Any:
+        """Return the loss of a batch: that of Keras, or the mean of ``compute_losses`` of your own.
+
+        Raises:
+            ValueError: As Keras, or ``compute_losses``, does.
+        """
+        if is_overridden(self, "compute_losses"):
+            return tf.reduce_mean(self.compute_losses(x, y, y_pred, sample_weight))
+        inner = super().compute_loss
+        # Overridden since before Keras had the argument.
+        more = {"training": training} if "training" in inspect.signature(inner).parameters else {}
+        return inner(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, **more)
 
     def train_step(self, data: Any) -> dict[str, Any]:
         """Take one step, in a function that is traced for all sizes of batches at once."""
@@ -204,7 +230,7 @@ class AdaptiveBatchSize(_Model):
         # Read before the step moves a schedule on.
         rate = tf.convert_to_tensor(self.optimizer.learning_rate)
         self.optimizer.apply(measured.gradients, self.trainable_variables)
-        return {**measured.logs, _MEASURED: (measured.statistics, measured.losses, rate)}
+        return {**measured.logs, _MEASURED: (measured.statistics, measured.loss, rate)}
 
     def make_train_function(self, force: bool = False) -> Any:
         """Compile the step, and feed the controller after each.
@@ -219,17 +245,7 @@ class AdaptiveBatchSize(_Model):
             raise ValueError(
                 f"model {self.name!r} has no controller; call follow(controller) before fit"
             )
-        if self.run_eagerly or self.steps_per_execution != 1:
-            raise ValueError(
-                "the controller decides between steps of a compiled function, got "
-                f"run_eagerly={self.run_eagerly}, steps_per_execution={self.steps_per_execution}; "
-                "compile the model without both"
-            )
-        if self.distribute_strategy.num_replicas_in_sync > 1:
-            raise ValueError(
-                "fit measures on one replica; on several, write the loop, with "
-                "cabs_tensorflow.PartialStatistics for each replica's share"
-            )
+        check_compiled(self, is_grouped=self._groups is not None)
         compiled = tf.function(
             self.train_step, autograph=False, reduce_retracing=True, jit_compile=self.jit_compile
         )
@@ -301,8 +317,7 @@ class AdaptiveBatchSize(_Model):
         Raises:
             TypeError: If ``x`` is no dataset.
             ValueError: If an argument is for arrays, the dataset is empty, the model is not
-                compiled or not in a way that can be measured, or its loss is not the mean of
-                :meth:`compute_losses`.
+                compiled or not in a way that can be measured, or ``compute_loss`` is overridden.
         """
         del shuffle
         if not isinstance(x, tf.data.Dataset):
@@ -340,20 +355,12 @@ class _Feed:
         smoothing = controller.configuration.smoothing
         self._trace, self._square = DebiasedAverage(smoothing), DebiasedAverage(smoothing)
 
-    def __call__(self, statistics: Any, losses: Any, learning_rate: Any) -> dict[str, float]:
+    def __call__(self, statistics: Any, loss: Any, learning_rate: Any) -> dict[str, float]:
         """Feed the controller, and return what to log."""
-        loss, size, compiled = map(float, losses)
-        # A nan is not far from a nan.
-        if abs(loss - compiled) > 1e-3 * size:
-            raise ValueError(
-                f"the losses of the examples have a mean of {loss}, and the loss of the model is "
-                f"{compiled}; masked outputs and an overridden compute_loss do that. Override "
-                "compute_losses, or estimate the variance from groups of examples, with groups=8"
-            )
         found = statistics.read()
         trace, square = found.variance_trace, found.gradient_square
         self.decision = self._controller.update(
-            learning_rate=learning_rate, variance_trace=trace, loss=loss
+            learning_rate=learning_rate, variance_trace=trace, loss=float(loss)
         )
         if self._log is not None:
             self._log.write(self.decision, examples=found.examples)

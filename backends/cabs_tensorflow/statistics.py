@@ -45,7 +45,7 @@ class PartialStatistics(tf.experimental.ExtensionType):
     examples: tf.Tensor
     groups: tf.Tensor
     group_square_sum: tf.Tensor
-    estimated: tf.Tensor = 0  # type: ignore[assignment]
+    estimated: tf.Tensor = 0
     shares: tuple[int, ...] = ()
     replicas: int = 1
 
@@ -151,7 +151,7 @@ class BatchStatistics(tf.experimental.ExtensionType):
     groups: tf.Tensor
     group_square_sum: tf.Tensor
     mean_square: tf.Tensor
-    estimated: tf.Tensor = 0  # type: ignore[assignment]
+    estimated: tf.Tensor = 0
 
     @property
     def partial(self) -> PartialStatistics:

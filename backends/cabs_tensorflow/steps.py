@@ -1,6 +1,7 @@
 """Gradients, statistics and metrics of one training step of a Keras model.
 
-Guarantees: gradients are those of the loss that Keras minimizes, and metrics see each example once.
+Guarantees: gradients are those of the loss that Keras minimizes over the batch, in groups or not;
+metrics see each example once.
 """
 
 from __future__ import annotations
@@ -11,20 +12,11 @@ from typing import Any, NamedTuple
 import keras
 import tensorflow as tf
 
+from cabs_tensorflow.conditions import is_overridden
 from cabs_tensorflow.errors import UncoveredParameterError
+from cabs_tensorflow.losses import compiled_losses, may_be_masked, unmasked_shares
 from cabs_tensorflow.statistics import BatchStatistics, PartialStatistics
 from cabs_tensorflow.tape import GradientTape
-
-
-class Losses(NamedTuple):
-    """What a step says of its loss, tensors of shape ()."""
-
-    mean: Any
-    """The mean over examples, of which the gradients are."""
-    size: Any
-    """The mean of absolute values."""
-    compiled: Any
-    """What Keras minimizes."""
 
 
 class Measured(NamedTuple):
@@ -33,7 +25,8 @@ class Measured(NamedTuple):
     gradients: list[Any]
     """For the optimizer: scaled by its ``scale_loss``; None for a variable without one."""
     statistics: BatchStatistics
-    losses: Losses
+    loss: Any
+    """The mean over examples, of which the gradients are, shape ()."""
     logs: dict[str, Any]
 
 
@@ -52,10 +45,12 @@ def measure(model: Any, x: Any, y: Any, sample_weight: Any, sample: int | None) 
     except UncoveredParameterError as error:
         error.add_note("In fit, cabs_tensorflow.adaptive(model, controller, groups=8) does so.")
         raise
-    loss = model.compute_loss(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight)
+    loss = tf.reduce_mean(losses)
+    if not is_overridden(model, "compute_losses"):
+        # The same number; and the metrics of several outputs, which Keras updates on the way.
+        loss = model.compute_loss(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight)
     logs = _record(model, loss, x, y, y_pred, sample_weight)
-    means = Losses(tf.reduce_mean(losses), tf.reduce_mean(tf.abs(losses)), loss)
-    return Measured(gradients, statistics, means, logs)
+    return Measured(gradients, statistics, loss, logs)
 
 
 def measure_groups(model: Any, x: Any, y: Any, sample_weight: Any, groups: int) -> Measured:
@@ -67,6 +62,7 @@ def measure_groups(model: Any, x: Any, y: Any, sample_weight: Any, groups: int) 
     examples = _examples(x)
     used = tf.minimum(tf.maximum(examples // 2, tf.minimum(examples, 2)), groups)
     scale = model.optimizer.scale_loss(1.0)
+    unmasked = _unmasked_shares(model, x, y)
 
     def share(index: int) -> list[Any]:
         """Return a microbatch's part of the statistics, and its share of loss and gradients."""
@@ -74,7 +70,7 @@ def measure_groups(model: Any, x: Any, y: Any, sample_weight: Any, groups: int) 
         mine = keras.tree.map_structure(
             lambda array: None if array is None else array[start:stop], (x, y, sample_weight)
         )
-        loss, gradients = _group(model, *mine)
+        loss, gradients = _group(model, *mine, unmasked)
         part = PartialStatistics.of_group(stop - start, _times(1 / scale, gradients))
         return [part, *_times((stop - start) / examples, [loss, *gradients])]
 
@@ -92,15 +88,50 @@ def measure_groups(model: Any, x: Any, y: Any, sample_weight: Any, groups: int) 
         total = tf.nest.map_structure(tf.add, total, more, expand_composites=True)
     part, loss, *gradients = (total.pop(0) if one else None for one in there)
     statistics = part.complete(_times(1 / scale, gradients))  # type: ignore[union-attr]
-    losses = Losses(loss, tf.abs(loss), loss)
-    return Measured(gradients, statistics, losses, model.get_metrics_result())
+    return Measured(gradients, statistics, loss, model.get_metrics_result())
 
 
-def _group(model: Any, x: Any, y: Any, sample_weight: Any) -> tuple[Any, list[Any]]:
+def _unmasked_shares(model: Any, x: Any, y: Any) -> list[Any] | None:
+    """Return which share of the positions each loss of the whole batch counts; None if all of all.
+
+    Keras divides by their number in what it is given, which is not that of a microbatch.
+    """
+    if model.loss is None or any(
+        is_overridden(model, name) for name in ("compute_loss", "compute_losses")
+    ):
+        return None
+    is_masked: list[bool] = []
+
+    @tf.function(autograph=False)
+    def shares(x: Any, y: Any) -> list[Any]:
+        # Masks are those of training, and the rest is not computed.
+        y_pred = model(x, training=False)
+        try:
+            found = unmasked_shares(model, y, y_pred)
+        except ValueError:
+            if not may_be_masked(model, y_pred):
+                # A loss of the batch, which is taken as it is.
+                return []
+            raise
+        is_masked[:] = [one is not None for one in found]
+        return [tf.ones((), tf.float64) if one is None else one for one in found]
+
+    # Only traced, so that nothing of it runs in a model without masks.
+    shares.get_concrete_function(x, y)
+    return list(shares(x, y)) if any(is_masked) else None
+
+
+def _group(
+    model: Any, x: Any, y: Any, sample_weight: Any, unmasked: list[Any] | None
+) -> tuple[Any, list[Any]]:
     """Return the mean loss of a microbatch, and its gradients, scaled."""
     with tf.GradientTape() as tape:
         y_pred = model(x, training=True)
         loss = model.compute_loss(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight)
+        if unmasked is not None:
+            losses = compiled_losses(model, y, y_pred, sample_weight, unmasked)
+            more = [tf.cast(tf.reduce_sum(one), losses.dtype) for one in model.losses]
+            loss = tf.add_n([tf.reduce_mean(losses), *more])
         scaled = model.optimizer.scale_loss(loss)
     gradients = tape.gradient(scaled, model.trainable_variables)
     _record(model, loss, x, y, y_pred, sample_weight)

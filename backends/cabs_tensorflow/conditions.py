@@ -1,0 +1,98 @@
+"""What a compiled Keras model has to be for its steps to be measured.
+
+Guarantees: what is decided here follows from how the model is made and compiled, not from numbers
+that a step has found, so that there is an error before anything of the model has changed.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import keras
+
+MEANS = ("sum_over_batch_size", "mean")
+"""Reductions that are the mean over all values."""
+
+
+def is_overridden(model: Any, name: str) -> bool:
+    """Return whether a model has a method of its own in place of that of Keras, or of this package.
+
+    Args:
+        model: The model.
+        name: ``"compute_loss"``, or ``"compute_losses"``.
+    """
+    if name in vars(model):
+        return True
+    # That of the mixin stands for that of Keras.
+    classes = [one for one in type(model).__mro__ if one.__module__ != "cabs_tensorflow.fitting"]
+    found = next((vars(one)[name] for one in classes if name in vars(one)), None)
+    return found is not inspect.getattr_static(keras.Model, name, None)
+
+
+def check_compiled(model: Any, *, is_grouped: bool) -> None:
+    """Raise ValueError for a model whose steps could not be measured, and say what to do.
+
+    Args:
+        model: A compiled model.
+        is_grouped: Whether the variance is that between microbatches.
+    """
+    if model.run_eagerly or model.steps_per_execution != 1:
+        raise ValueError(
+            "the controller decides between steps of a compiled function, got "
+            f"run_eagerly={model.run_eagerly}, steps_per_execution={model.steps_per_execution}; "
+            "compile the model without both"
+        )
+    if model.distribute_strategy.num_replicas_in_sync > 1:
+        raise ValueError(
+            "fit measures on one replica, got a strategy of "
+            f"{model.distribute_strategy.num_replicas_in_sync}; write the loop, with "
+            "cabs_tensorflow.PartialStatistics for each replica's share"
+        )
+    _check_accumulation(model.optimizer)
+    if is_overridden(model, "compute_loss"):
+        if not is_grouped:
+            _say_what_to_override(model)
+    elif is_grouped:
+        _check_reductions(model)
+
+
+def _check_accumulation(optimizer: Any) -> None:
+    """Raise ValueError for an optimizer that updates from several batches together."""
+    while optimizer is not None:
+        steps = getattr(optimizer, "gradient_accumulation_steps", None)
+        if steps:
+            raise ValueError(
+                "each step must update with the gradient of its own batch, for which the "
+                f"controller decides the size, got gradient_accumulation_steps={steps} in "
+                f"{type(optimizer).__name__}; leave it out, and let the controller ask for batches "
+                f"that are {steps} times as large: with groups={steps}, each is taken in as many "
+                "parts, one after another"
+            )
+        # What scales the loss holds another one.
+        optimizer = getattr(optimizer, "inner_optimizer", None)
+
+
+def _say_what_to_override(model: Any) -> None:
+    name = type(model).__name__
+    if is_overridden(model, "compute_losses"):
+        raise ValueError(
+            f"{name} overrides compute_loss beside compute_losses, whose mean is what fit "
+            "minimizes; drop compute_loss, which is that mean without being overridden"
+        )
+    raise ValueError(
+        f"{name} overrides compute_loss, which says nothing of single examples; override "
+        "compute_losses in its place, one loss an example, whose mean compute_loss then is; or "
+        "estimate the variance from groups of examples, with groups=8"
+    )
+
+
+def _check_reductions(model: Any) -> None:
+    """Raise ValueError for losses of a microbatch that do not add up to that of the batch."""
+    for loss in keras.tree.flatten(model.loss):
+        if isinstance(loss, keras.losses.Loss) and loss.reduction not in MEANS:
+            raise ValueError(
+                f"loss {loss.name!r} must have reduction='sum_over_batch_size', got "
+                f"reduction={loss.reduction!r}; a mean over microbatches is no such loss of the "
+                "batch"
+            )
