@@ -18,6 +18,7 @@ import tensorflow as tf
 from cabs import BatchSampler, StreamSampler
 from cabs.epochs import HasBatchSize
 from cabs.scalars import as_bool, as_integer
+from cabs_tensorflow.drawn import Drawn
 
 # Examples of a dataset that are read at once. The more, the less Python costs for each of them.
 _CHUNK = 64
@@ -138,11 +139,12 @@ def _of_arrays(
             seed=0 if seed is None else seed,
             drop_last=False if drop_last is None else drop_last,
         )
+    drawn = Drawn(sampler)
     indices = tf.data.Dataset.from_generator(
-        lambda: iter(sampler), output_signature=tf.TensorSpec([None], tf.int64)
+        lambda: drawn.noted(sampler), output_signature=tf.TensorSpec([None], tf.int64)
     )
     gather = tf.autograph.experimental.do_not_convert(partial(gathered, whole))
-    return indices.map(gather)
+    return drawn.mark(indices.map(gather))
 
 
 def whole_arrays(source: Any) -> tuple[Any, int]:
@@ -169,6 +171,8 @@ def _of_dataset(controller: Any, source: Any, drop_last: bool | None) -> Any:
         lambda part: tf.TensorSpec(tf.TensorShape([None]).concatenate(part.shape), part.dtype), spec
     )
 
+    drawn = Drawn(controller)
+
     def cut() -> Iterator[Any]:
         chunks = iter(Chunks(source))
         # An empty dataset is an empty dataset: what is wrong with that, its user knows.
@@ -176,10 +180,11 @@ def _of_dataset(controller: Any, source: Any, drop_last: bool | None) -> Any:
         if first is None:
             return
         whole = chain([first], chunks)
-        for rows in StreamSampler.of_blocks(lambda _: whole, controller, drop_last=drop_last):
+        blocks = StreamSampler.of_blocks(lambda _: whole, controller, drop_last=drop_last)
+        for rows in drawn.noted(blocks):
             yield tf.nest.pack_sequence_as(spec, rows.arrays)
 
-    return tf.data.Dataset.from_generator(cut, output_signature=batched)
+    return drawn.mark(tf.data.Dataset.from_generator(cut, output_signature=batched))
 
 
 def spec_of_examples(source: Any) -> Any:

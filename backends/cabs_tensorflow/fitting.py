@@ -18,6 +18,7 @@ import tensorflow as tf
 from cabs import Controller, DebiasedAverage, Decision, RunLog, noise_scale_rule
 from cabs.scalars import as_integer
 from cabs_tensorflow.conditions import check_compiled, is_overridden
+from cabs_tensorflow.drawn import Drawn, drawn_by
 from cabs_tensorflow.epochs import run_epochs, with_class_weights
 from cabs_tensorflow.losses import compiled_losses
 from cabs_tensorflow.steps import measure, measure_groups
@@ -97,10 +98,10 @@ class AdaptiveBatchSize(_Model):
 
     Derive from it before ``keras.Model``, call :meth:`follow`, and use ``compile`` and ``fit`` as
     ever, with a ``tf.data.Dataset`` whose batches the controller sizes
-    (:func:`cabs_tensorflow.dataset`). The controller is fed the loss that Keras minimizes, with the
-    weights of examples and the penalties of regularizers, the variance of its gradient, and the
-    learning rate that the step used. ``batch_size``, the size of the next batch, and
-    ``noise_scale``, from averages over the steps, stand beside the metrics.
+    (:func:`cabs_tensorflow.dataset`); others are an error. The controller is fed the loss that
+    Keras minimizes, with the weights of examples and the penalties of regularizers, the variance of
+    its gradient, and the learning rate that the step used. ``batch_size``, the size of the next
+    batch, and ``noise_scale``, from averages over the steps, stand beside the metrics.
 
     Example:
         >>> import cabs, cabs_tensorflow, keras, numpy as np
@@ -261,6 +262,8 @@ class AdaptiveBatchSize(_Model):
                 batch = iterator.get_next_as_optional()
                 if not batch.has_value():
                     raise StopIteration
+                if feed.drawn is not None:
+                    feed.drawn.give(tf.nest.flatten(batch.get_value())[0].shape[0])
                 logs = dict(unpacked(batch))
             else:
                 logs = dict(compiled(next(iterator)))
@@ -293,7 +296,8 @@ class AdaptiveBatchSize(_Model):
 
         Args:
             x: A ``tf.data.Dataset`` of batches of inputs, of (inputs, targets), or of (inputs,
-                targets, weights of examples), such as :func:`cabs_tensorflow.dataset` returns.
+                targets, weights of examples), from :func:`cabs_tensorflow.dataset`, or made of
+                that by what leaves batches whole, such as ``map`` or ``prefetch``.
             y: For arrays: an error, and so are ``batch_size``, ``validation_split`` and
                 ``sample_weight``.
             batch_size: An error.
@@ -316,15 +320,12 @@ class AdaptiveBatchSize(_Model):
 
         Raises:
             TypeError: If ``x`` is no dataset.
-            ValueError: If an argument is for arrays, the dataset is empty, the model is not
-                compiled or not in a way that can be measured, or ``compute_loss`` is overridden.
+            ValueError: If an argument is for arrays, the dataset is empty, or its batches are not
+                those that were drawn for the controller; if the model is not compiled, or not in a
+                way that can be measured.
         """
         del shuffle
-        if not isinstance(x, tf.data.Dataset):
-            raise TypeError(
-                "x must be a tf.data.Dataset of batches that the controller sizes, got "
-                f"{type(x).__name__}; pass cabs_tensorflow.dataset(controller, (x, y))"
-            )
+        drawn = drawn_by(x)
         if validation_split or any(one is not None for one in (y, batch_size, sample_weight)):
             raise ValueError(
                 "y, batch_size, sample_weight and validation_split are for arrays; pass "
@@ -333,17 +334,22 @@ class AdaptiveBatchSize(_Model):
         if not self.compiled:
             raise ValueError(f"model {self.name!r} is not compiled; call compile() before fit()")
         self.make_train_function()
-        return run_epochs(
-            self,
-            x if class_weight is None else with_class_weights(x, class_weight),
-            epochs=range(initial_epoch, epochs),
-            steps_per_epoch=steps_per_epoch,
-            verbose=verbose,
-            callbacks=callbacks,
-            validation_data=validation_data,
-            validation_freq=validation_freq,
-            validation={"batch_size": validation_batch_size, "steps": validation_steps},
-        )
+        assert self._feed is not None
+        self._feed.drawn = drawn
+        try:
+            return run_epochs(
+                self,
+                x if class_weight is None else with_class_weights(x, class_weight),
+                epochs=range(initial_epoch, epochs),
+                steps_per_epoch=steps_per_epoch,
+                verbose=verbose,
+                callbacks=callbacks,
+                validation_data=validation_data,
+                validation_freq=validation_freq,
+                validation={"batch_size": validation_batch_size, "steps": validation_steps},
+            )
+        finally:
+            self._feed.drawn = None
 
 
 class _Feed:
@@ -351,6 +357,8 @@ class _Feed:
 
     def __init__(self, controller: Controller, log: RunLog | None) -> None:
         self.decision: Decision | None = None
+        self.drawn: Drawn | None = None
+        """Where batches come from, while that is known."""
         self._controller, self._log = controller, log
         smoothing = controller.configuration.smoothing
         self._trace, self._square = DebiasedAverage(smoothing), DebiasedAverage(smoothing)
@@ -370,4 +378,5 @@ class _Feed:
         noise = noise_scale_rule(
             variance_trace=self._trace.value, gradient_square=self._square.value
         )
-        return {"batch_size": self.decision.batch_size, "noise_scale": noise}
+        size = (self.decision if self.drawn is None else self.drawn).batch_size
+        return {"batch_size": size, "noise_scale": noise}
