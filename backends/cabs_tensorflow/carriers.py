@@ -14,6 +14,7 @@ import tensorflow as tf
 
 from cabs_tensorflow.errors import MixedError
 from cabs_tensorflow.layout import Layout
+from cabs_tensorflow.program import ancestors
 from cabs_tensorflow.sizes import Sizes
 
 
@@ -48,6 +49,11 @@ def along_examples() -> MixedError:
     return MixedError("runs along the axis that holds the examples")
 
 
+def is_asked(tensor: Any) -> bool:
+    """Return whether a tensor is nothing but the sizes of another one."""
+    return tensor.op.type in _ASKING
+
+
 class _Step:
     """An operation, one of its outputs and one of its inputs.
 
@@ -80,6 +86,35 @@ class _Step:
     def axes(self, index: int, rank: int) -> set[int]:
         """Return the axes that an input holds, of a tensor of some rank."""
         return {axis % rank for axis in self.constant(index)}
+
+    def place(self, index: int, entry: int) -> int | None:
+        """Return one of the places that an input holds, None if it is not known for all sizes.
+
+        Where the number of examples is not known, what stands for it shows how many of them a place
+        is away, as long as nothing but multiples are computed on the way to it.
+        """
+        places = self.operation.inputs[index]
+        found = tf.get_static_value(places, partial=True)
+        if found is not None and found[entry] is not None:
+            return int(found[entry]) if not (self.is_unknown and found[entry]) else None
+        if any(one.type not in _SIZING for one in ancestors([places], is_asked)):
+            return None
+        return self.constant(index)[entry]
+
+    def block(self, axis: int, begin: int) -> Layout:
+        """Return the layout of the input, of whose blocks of examples the output has some.
+
+        ``begin`` is where they begin in that axis of the input.
+        """
+        size = self.shape[axis]
+        block = self.layout.shape[self.axis] // self.inside
+        if (begin + size if begin < 0 else begin) % block or size % block:
+            raise along_examples()
+        return self.blocks(axis, size // block)
+
+    def blocks(self, axis: int, count: int) -> Layout:
+        """Return the layout of the input, with so many blocks of examples in one of its axes."""
+        return Layout(self.shape, math.prod(self.shape[:axis]) * count, self.layout.examples)
 
     def at(self, axis: int) -> Layout:
         """Return the layout of the input, if the examples lie in one of its axes as they did."""
@@ -164,19 +199,22 @@ def _same_size(step: _Step) -> Layout:
 
 
 def _strided_slice(step: _Step) -> Layout:
-    origin = origins(step.operation, step.sizes)
-    axis = origin[step.axis]
-    if axis is None or step.shape[axis] != step.layout.shape[step.axis]:
+    axis = origins(step.operation, step.sizes)[step.axis]
+    if axis is None:
         raise along_examples()
     entry = next(at for one, at in _entries(step.operation, step.sizes) if one == axis)
-    is_open = entry is None or step.operation.get_attr("end_mask") >> entry & 1
-    if step.is_unknown and not is_open:
+    if entry is None:
+        return step.block(axis, 0)
+    begin: int | None = 0
+    if not step.operation.get_attr("begin_mask") >> entry & 1:
+        begin = step.place(1, entry)
+    is_open = step.operation.get_attr("end_mask") >> entry & 1
+    if not is_open and step.is_unknown and step.place(2, entry) is None:
         # As many as there are only by chance.
         raise along_examples()
-    begin, stride = _begin_and_stride(step, axis)
-    if stride != 1 or begin not in (None, 0):
+    if begin is None or step.constant(3)[entry] != 1:
         raise along_examples()
-    return step.at(axis)
+    return step.block(axis, begin)
 
 
 def origins(operation: Any, sizes: Sizes) -> list[int | None]:
@@ -214,19 +252,24 @@ def _entries(operation: Any, sizes: Sizes) -> list[tuple[int | None, int | None]
     return found
 
 
-def _begin_and_stride(step: _Step, axis: int) -> tuple[int | None, int]:
-    """Return where a strided slice starts along an axis of its input, None for its beginning."""
-    entry = next(at for one, at in _entries(step.operation, step.sizes) if one == axis)
-    if entry is None:
-        return None, 1
-    stride = step.constant(3)[entry]
-    if step.operation.get_attr("begin_mask") >> entry & 1:
-        return None, stride
-    return step.constant(1)[entry], stride
+def _concatenated(step: _Step) -> Layout:
+    last = len(step.operation.inputs) - 1
+    if step.axis not in step.axes(last, len(step.shape)):
+        return step.at(step.axis)
+    shapes = [step.sizes.shape(one) for one in step.operation.inputs[: step.index]]
+    begin = sum(shape[step.axis] for shape in shapes)
+    block = step.layout.shape[step.axis] // step.inside
+    if begin % block or step.shape[step.axis] % block or not step.shape[step.axis]:
+        raise along_examples()
+    return step.blocks(step.axis, step.shape[step.axis] // block)
 
 
 def _split(step: _Step) -> Layout:
-    return _along(0 if step.operation.type == "Split" else 2)(step)
+    is_even = step.operation.type == "Split"
+    if step.axis not in step.axes(0 if is_even else 2, len(step.shape)):
+        return step.at(step.axis)
+    shapes = [step.sizes.shape(one) for one in step.operation.outputs[: step.output]]
+    return step.block(step.axis, sum(shape[step.axis] for shape in shapes))
 
 
 def _pack(step: _Step) -> Layout:
@@ -312,6 +355,9 @@ RESHAPING = frozenset("EnsureShape ExpandDims Reshape Squeeze".split())
 """Operations that keep the row-major order of the elements."""
 KEEPING = frozenset({*RESHAPING, "Cast", "Identity", "PreventGradient", "Snapshot"})
 """The same, and copies."""
+_SIZING = frozenset("Cast Const FloorDiv Identity Mul Neg Pack Prod StridedSlice".split())
+"""Operations in which sizes become multiples of sizes."""
+_ASKING = frozenset("Shape ShapeN Size".split())
 _LOOPS = frozenset("Case If StatelessCase StatelessIf StatelessWhile While".split())
 _LEADING = """
     AvgPool AvgPool3D DepthToSpace ExtractImagePatches ExtractVolumePatches LRN MaxPool MaxPool3D
@@ -326,7 +372,8 @@ _RULES: dict[str, _Rule] = {
     **dict.fromkeys(_LEADING, leading),
     **dict.fromkeys("EuclideanNorm Max Mean Min Prod Sum".split(), _reduce),
     **dict.fromkeys("CumulativeLogsumexp Cumprod Cumsum ReverseV2".split(), _along(1)),
-    **dict.fromkeys("ConcatV2 Roll".split(), _along(-1)),
+    "ConcatV2": _concatenated,
+    "Roll": _along(-1),
     **dict.fromkeys("LogSoftmax Softmax TopKV2".split(), _trailing(1)),
     **dict.fromkeys(
         "Cholesky MatrixBandPart MatrixDeterminant MatrixDiagPartV3".split(), _trailing(2)

@@ -1,9 +1,12 @@
 """The error for what cannot be measured exactly, in words that a user can act upon.
 
-Guarantees: it names the variable, the operation and the way out.
+Guarantees: it says first what is the matter, and names the operation, variables and the way out; it
+is short however many variables there are.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 
 class UncoveredParameterError(RuntimeError):
@@ -22,8 +25,8 @@ class UncoveredParameterError(RuntimeError):
         >>> measured(tf.eye(3))  # doctest: +ELLIPSIS
         Traceback (most recent call last):
         ...
-        cabs_tensorflow.errors.UncoveredParameterError: ...variable 'scale' of shape (3,) lies
-        behind Cumsum (operation 'Cumsum'), which runs along the axis that holds the examples. ...
+        cabs_tensorflow.errors.UncoveredParameterError: ...Cumsum (operation 'Cumsum') runs along
+        the axis that holds the examples; behind it lies variable 'scale' of shape (3,). ...
     """
 
     # AutoGraph hands on as they are the errors that it knows how to make.
@@ -34,10 +37,22 @@ class MixedError(Exception):
     """An operation whose gradient does not belong to one example at a time; says how."""
 
 
-def uncovered(names: str, problem: str) -> UncoveredParameterError:
-    """Return the error for variables and what is the matter with them."""
+_NAMED = 3
+"""How many variables are named."""
+
+
+def uncovered(problem: str, names: Sequence[str]) -> UncoveredParameterError:
+    """Return the error for variables and what is the matter with them.
+
+    Args:
+        problem: What is the matter, up to where the variables are named.
+        names: What they are called.
+    """
+    named = ", ".join(names[:_NAMED])
+    if len(names) > _NAMED:
+        named += f" and {len(names) - _NAMED} more"
     error: UncoveredParameterError = UncoveredParameterError(
-        f"{names} {problem}. Estimate the variance from groups of examples instead, with "
-        "cabs_tensorflow.PartialStatistics, or leave the variable out of the sources"
+        f"{problem} {named}. Estimate the variance from groups of examples instead, with "
+        "cabs_tensorflow.PartialStatistics, or leave out such sources"
     )
     return error

@@ -55,7 +55,8 @@ class Measurement:
                 check_inside(operation)
             self._sizes = Sizes(graph, losses, variables)
         except MixedError as problem:
-            raise uncovered(", ".join(self.names), f"cannot be measured: {problem}") from None
+            reason = f"the function cannot be measured by examples: {problem}; its sources are"
+            raise uncovered(reason, self.names) from None
         self._walk = Walk(losses, self._program, self._sizes, self.names)
         examples = losses.shape[0]
         self._batch = Batch(
@@ -118,7 +119,7 @@ class Measurement:
                 continue
             if root in sums:
                 raise uncovered(
-                    self.names[root], "holds a part for each example, and is shared too"
+                    "a source holds a part for each example, and is shared too:", [self.names[root]]
                 )
             sums[root] = norms.square(self._batch.take(cotangent, layout))
         return [sums.get(root) for root in range(len(self.names))]

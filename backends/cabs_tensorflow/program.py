@@ -185,7 +185,8 @@ def _laid_open(call: Any) -> list[Any]:
             _writes(user, one) for user in one.consumers() if user.name != call.name
         ):
             raise MixedError(
-                "calls a function that reads what is written elsewhere; take the decorator off it"
+                "it calls a function that reads what is written elsewhere; take the decorator off "
+                "it"
             )
     library = {one.signature.name: one for one in call.graph.as_graph_def().library.function}
     return _copy_of(call.get_attr("f").name, list(call.inputs), library)
@@ -231,11 +232,11 @@ def _check_copy(operation: Any) -> None:
     """Raise MixedError if a copy of an operation does something else."""
     if "_gradient_op_type" in operation.node_def.attr:
         raise MixedError(
-            "calls a function with a tf.custom_gradient in it (tf.nn.silu has one), which cannot "
-            "be taken out of it; take the tf.function decorator off it"
+            "it calls a function with a tf.custom_gradient in it (tf.nn.silu has one), which "
+            "cannot be taken out of it; take the tf.function decorator off it"
         )
     if operation.op_def.is_stateful and operation.type not in (*READS, *CALLS, "Placeholder"):
         raise MixedError(
-            f"calls a function that contains {operation.type}, which can do something else when "
-            "it is computed once more; take the tf.function decorator off it"
+            f"it calls a function that contains {operation.type}, which can do something else "
+            "when it is computed once more; take the tf.function decorator off it"
         )

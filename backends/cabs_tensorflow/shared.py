@@ -93,9 +93,9 @@ class Shared:
             is_root = bool(self._program.roots_of(one))
             if not is_root and self._depends_on_data(one):
                 raise MixedError(
-                    "takes it the same way for all examples, although it is combined with data in "
-                    f"{operation.type} (operation {operation.name!r}), as batch normalization in "
-                    "training mode does"
+                    "takes an input the same way for all examples, although that is combined with "
+                    f"data in {operation.type} (operation {operation.name!r}), as batch "
+                    "normalization in training mode does"
                 )
 
     def _depends_on_data(self, tensor: Any) -> bool:

@@ -142,8 +142,8 @@ class Walk:
     def error(self, tensor: Any, operation: Any, problem: str) -> UncoveredParameterError:
         """Return the error for what lies behind an operation."""
         roots = sorted(self._program.roots_of(tensor))
-        names = ", ".join(self._names[root] for root in roots)
-        verb = "lies behind" if len(roots) == 1 else "lie behind"
+        verb = "lies" if len(roots) == 1 else "lie"
         return uncovered(
-            names, f"{verb} {operation.type} (operation {operation.name!r}), which {problem}"
+            f"{operation.type} (operation {operation.name!r}) {problem}; behind it {verb}",
+            [self._names[root] for root in roots],
         )

@@ -211,7 +211,7 @@ def test_a_called_function_that_draws_or_writes_is_refused():
         return h @ weight
 
     for function in (drawing, writing):
-        with pytest.raises(cabs_tensorflow.UncoveredParameterError, match=r"(?s)'inside'.*decor"):
+        with pytest.raises(cabs_tensorflow.UncoveredParameterError, match=r"off it;.*'inside'"):
             measured(lambda x, f=function: summed(f(x)), [weight], tf.constant(draw(1, M, T, K)))
 
 
@@ -237,7 +237,7 @@ def test_a_custom_gradient_with_a_parameter_in_it_is_refused():
     def product(x, w):
         return x @ w, lambda c: (tf.matmul(c, w, transpose_b=True), tf.zeros_like(w))
 
-    with pytest.raises(cabs_tensorflow.UncoveredParameterError, match=r"'given'.*custom_gradient"):
+    with pytest.raises(cabs_tensorflow.UncoveredParameterError, match=r"custom_gradient.*'given'"):
         measured(lambda x: summed(product(x, weight)), [weight], tf.constant(draw(1, M, T, K)))
 
 
@@ -248,7 +248,7 @@ def test_a_tensor_in_two_places_of_one_operation_is_refused():
         read = tf.convert_to_tensor(weight)
         return summed(x + tf.where(x > 0, read, read))
 
-    with pytest.raises(cabs_tensorflow.UncoveredParameterError, match=r"'in_two'.*twice"):
+    with pytest.raises(cabs_tensorflow.UncoveredParameterError, match=r"twice.*'in_two'"):
         measured(losses_of, [weight], tf.constant(draw(1, M, T, K)))
 
 
@@ -268,14 +268,14 @@ def test_a_function_whose_variable_another_function_writes_is_refused():
         move()
         return summed(h)
 
-    with pytest.raises(cabs_tensorflow.UncoveredParameterError, match=r"'moved'.*written"):
+    with pytest.raises(cabs_tensorflow.UncoveredParameterError, match=r"written.*'moved'"):
         measured(losses_of, [weight], tf.constant(draw(1, M, T, K)))
 
 
 def test_parameters_that_a_called_function_computes_are_refused():
     weight = variable(0, K, 3, name="normed")
     computed = tf.function(lambda: weight / tf.norm(weight))
-    with pytest.raises(cabs_tensorflow.UncoveredParameterError, match=r"'normed'.*decorator off"):
+    with pytest.raises(cabs_tensorflow.UncoveredParameterError, match=r"decorator off.*'normed'"):
         measured(lambda x: summed(x @ computed()), [weight], tf.constant(draw(1, M, T, K)))
 
 

@@ -107,7 +107,7 @@ def test_variables_that_are_not_used_count_nothing():
 def test_activation_checkpointing_is_refused_by_name():
     weight = variable(0, 4, 4, name="kept")
     block = tf.recompute_grad(lambda h: tf.tanh(h @ weight))
-    with pytest.raises(cabs_tensorflow.UncoveredParameterError, match=r"'kept'.*recompute_grad"):
+    with pytest.raises(cabs_tensorflow.UncoveredParameterError, match=r"recompute_grad.*'kept'"):
         measured(lambda x: tf.reduce_sum(block(x), axis=1), [weight], draw(1, 6, 4))
 
 
@@ -234,7 +234,7 @@ def test_batch_normalization_in_training_mode_is_refused_by_name():
     model = keras.Sequential([keras.layers.Dense(3), keras.layers.BatchNormalization()])
     model(draw(0, 4, 5))
     with pytest.raises(
-        cabs_tensorflow.UncoveredParameterError, match=r"dense\S*/kernel.*batch normalization"
+        cabs_tensorflow.UncoveredParameterError, match=r"batch normalization.*dense\S*/kernel"
     ):
         measured(
             lambda x: tf.reduce_sum(model(x, training=True), axis=1),
