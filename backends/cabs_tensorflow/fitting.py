@@ -58,7 +58,8 @@ def adaptive(
         The model; see :class:`AdaptiveBatchSize` for what it can do now.
 
     Raises:
-        TypeError: If it is no Keras model, or has a ``train_step`` of its own.
+        TypeError: If it is no Keras model, or has a ``train_step`` of its own, or
+            ``compute_losses``.
 
     Example:
         >>> import cabs, cabs_tensorflow, keras, numpy as np
@@ -80,6 +81,11 @@ def adaptive(
         raise TypeError(f"model must be a keras.Model, got {model!r}")
     plain = type(model)
     if not isinstance(model, AdaptiveBatchSize):
+        if hasattr(plain, "compute_losses"):
+            raise TypeError(
+                f"{plain.__name__} has compute_losses, which this would hide; let the class derive "
+                "from cabs_tensorflow.AdaptiveBatchSize before keras.Model, and call follow"
+            )
         if plain.train_step is not keras.Model.train_step:
             raise TypeError(
                 f"{plain.__name__} has a train_step of its own; let the class derive from "

@@ -67,10 +67,10 @@ def measure_groups(model: Any, x: Any, y: Any, sample_weight: Any, groups: int) 
     def share(index: int) -> list[Any]:
         """Return a microbatch's part of the statistics, and its share of loss and gradients."""
         start, stop = examples * index // used, examples * (index + 1) // used
-        mine = keras.tree.map_structure(
+        my_x, my_y, my_weight = keras.tree.map_structure(
             lambda array: None if array is None else array[start:stop], (x, y, sample_weight)
         )
-        loss, gradients = _group(model, *mine, unmasked)
+        loss, gradients = _group(model, my_x, my_y, my_weight, unmasked)
         part = PartialStatistics.of_group(stop - start, _times(1 / scale, gradients))
         return [part, *_times((stop - start) / examples, [loss, *gradients])]
 

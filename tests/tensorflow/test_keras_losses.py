@@ -89,6 +89,15 @@ def test_two_losses_of_ones_own_are_one_too_many():
     assert_refused(model, "beside compute_losses, whose mean is what fit.*drop compute_loss")
 
 
+def test_losses_of_a_class_that_would_be_hidden_are_said():
+    class Hidden(keras.Sequential):
+        def compute_losses(self, x, y, y_pred, sample_weight=None):
+            raise NotImplementedError((x, y, y_pred, sample_weight))
+
+    with pytest.raises(TypeError, match="Hidden has compute_losses, which this would hide"):
+        cabs_tensorflow.adaptive(compiled(Hidden(parts())), controller())
+
+
 def test_a_loss_that_is_assigned_to_the_model_is_seen():
     model = compiled(keras.Sequential(parts()))
     model.compute_loss = lambda **_: tf.constant(0.0)

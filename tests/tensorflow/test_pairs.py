@@ -6,7 +6,13 @@ import pytest
 import tensorflow as tf
 
 import cabs_tensorflow
-from tests.tensorflow.reference import assert_exact, draw, measured, variable
+from tests.tensorflow.reference import (
+    assert_exact,
+    draw,
+    gradients_one_by_one,
+    measured,
+    variable,
+)
 
 M, K = 6, 4
 
@@ -118,6 +124,20 @@ def test_a_layer_of_keras_takes_pairs():
         return tf.reduce_sum(one * other, axis=1)
 
     assert_exact(losses_of, layer.trainable_variables, (draw(1, M, K), draw(2, M, K)))
+
+
+@pytest.mark.parametrize("is_dynamic", [False, True])
+def test_a_sample_of_pairs_takes_both_parts_of_the_first_ones(is_dynamic):
+    weight = variable(0, K, 3)
+
+    def losses_of(pair):
+        one, other = tf.split(tf.tanh(tf.concat(pair, 0) @ weight), 2)
+        return tf.reduce_sum(one * other, axis=1)
+
+    pair = tuple(tf.constant(draw(seed, M, K)) for seed in range(2))
+    rows = gradients_one_by_one(losses_of, [weight], pair)
+    _, found = measured(losses_of, [weight], pair, sample=2, is_dynamic=is_dynamic)
+    np.testing.assert_allclose(found.group_square_sum, (rows[:2] ** 2).sum() * M / 2, rtol=1e-12)
 
 
 MIXING = {
