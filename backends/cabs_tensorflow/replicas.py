@@ -1,7 +1,8 @@
 """Which replica of a ``tf.distribute`` strategy a computation belongs to.
 
 Guarantees: a computation that sees one replica's share of the batch says so; nothing is sent from
-one replica to another.
+one replica to another. What a replica has measured is known as its own until something else is
+computed from it.
 """
 
 from __future__ import annotations
@@ -23,6 +24,28 @@ def replica_here() -> tuple[tuple[int, ...], int]:
         return (), 1
     number = tf.get_static_value(context.replica_id_in_sync_group)
     return (-1 if number is None else int(number),), int(context.num_replicas_in_sync)
+
+
+def mark_own(gradients: Iterable[Any]) -> None:
+    """Remember that gradients are those of one replica out of several, if they are."""
+    if replica_here()[1] > 1:
+        for one in gradients:
+            if one is not None:
+                one._cabs_own = True
+
+
+def check_reduced(gradients: Iterable[Any]) -> None:
+    """Raise ValueError if one of several replicas gives its own gradients for those of the batch.
+
+    What it has given to :func:`mark_own` is known again; sums over the replicas are other tensors.
+    """
+    _, replicas = replica_here()
+    if replicas > 1 and any(hasattr(one, "_cabs_own") for one in gradients):
+        raise ValueError(
+            f"gradients must be those of the batch, got those of one of {replicas} replicas; "
+            'multiply them by the size of its share, sum them with all_reduce("SUM", ...), and '
+            "divide by the size of the batch"
+        )
 
 
 def check_alone(roots: Iterable[Any]) -> None:

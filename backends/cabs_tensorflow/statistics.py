@@ -13,7 +13,7 @@ import tensorflow as tf
 
 from cabs import GradientStatistics
 from cabs_tensorflow import norms
-from cabs_tensorflow.replicas import replica_here
+from cabs_tensorflow.replicas import check_reduced, mark_own, replica_here
 
 
 class PartialStatistics(tf.experimental.ExtensionType):
@@ -69,7 +69,9 @@ class PartialStatistics(tf.experimental.ExtensionType):
                 a variance of 0; or if one holds the values of several replicas.
         """
         examples = tf.cast(examples, tf.int32)
-        square = norms.square_of(_flat(gradients))
+        flat = _flat(gradients)
+        square = norms.square_of(flat)
+        mark_own(flat)
         shares, replicas = replica_here()
         square_sum = tf.cast(examples, square.dtype) * square
         return cls(examples, tf.constant(1), square_sum, 0, shares, replicas)
@@ -93,8 +95,9 @@ class PartialStatistics(tf.experimental.ExtensionType):
         size, nor that of one replica out of several.
 
         Raises:
-            ValueError: If it holds the groups of some replicas only; if no gradient is given, all
-                are None, or one holds the values of several replicas.
+            ValueError: If it holds the groups of some replicas only, or the gradients are a
+                replica's own; if no gradient is given, all are None, or one holds the values of
+                several replicas.
         """
         if len(self.shares) < self.replicas > 1:
             raise ValueError(
@@ -104,7 +107,9 @@ class PartialStatistics(tf.experimental.ExtensionType):
                 "cabs_tensorflow.PartialStatistics of the sums, and give it the gradient that is "
                 "averaged over all examples in the same way"
             )
-        square = norms.square_of(_flat(gradients))
+        flat = _flat(gradients)
+        check_reduced(flat)
+        square = norms.square_of(flat)
         return BatchStatistics(
             self.examples,
             self.groups,

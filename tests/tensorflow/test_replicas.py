@@ -124,6 +124,19 @@ def test_a_replicas_own_groups_are_not_completed(strategy, weight, is_added):
         run(strategy, replica)
 
 
+def test_sums_over_replicas_are_not_completed_with_a_replicas_own_gradient(strategy, weight):
+    def replica(x):
+        part, gradients = own_group(x, weight)
+        numbers = [tf.cast(part.examples, tf.float64), part.group_square_sum]
+        context = tf.distribute.get_replica_context()
+        examples, square_sum = tf.unstack(context.all_reduce("SUM", tf.stack(numbers)))
+        whole = cabs_tensorflow.PartialStatistics(tf.cast(examples, tf.int32), REPLICAS, square_sum)
+        return whole.complete(gradients).variance_trace
+
+    with pytest.raises(ValueError, match="must be those of the batch, got those of one of 2"):
+        run(strategy, replica)
+
+
 def test_variables_of_a_strategy_outside_of_its_replicas_are_refused(strategy, weight):
     @tf.function
     def step(x):
