@@ -1,7 +1,8 @@
-"""PyTorch's data loader, of which workers may die at any moment.
+"""PyTorch's data loader, of which workers may die at any moment, and the loop too.
 
 Guarantees: a worker that dies is an error where its examples are asked for, within about a second,
-and nowhere else; no wait for a worker is for ever, and no lock that it held is waited for.
+and nowhere else; no wait for a worker is for ever, and no lock that it held is waited for. Workers
+end when the process of the loop is gone.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch._C import _remove_worker_pids
 from torch.utils.data import DataLoader
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
-from cabs_torch import randomness
+from cabs_torch import orphans, randomness
 
 # How many requests each worker has to hand, so that it need not wait for the next.
 _REQUESTS = 2
@@ -66,6 +67,13 @@ def _as_it_is(read: Any) -> Any:
 class _DataLoader(DataLoader[Any]):
     def _get_iterator(self) -> Any:
         return _Iterator(self) if self.num_workers else super()._get_iterator()
+
+    @DataLoader.multiprocessing_context.getter  # type: ignore[attr-defined, untyped-decorator]
+    def multiprocessing_context(self) -> Any:
+        # PyTorch's workers ask for their parent's number when they are at work, and by then it can
+        # be that of the process that adopted them.
+        own = DataLoader.multiprocessing_context.fget(self)  # type: ignore[attr-defined]
+        return orphans.Context(torch.multiprocessing if own is None else own)
 
 
 class _Iterator(_MultiProcessingDataLoaderIter):

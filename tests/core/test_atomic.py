@@ -3,12 +3,12 @@
 import os
 import signal
 import stat
-import subprocess
 import sys
 
 import pytest
 
 from cabs import atomic_write
+from tests.processes import finished
 
 OLD, NEW = b"old" * 1000, b"new" * 5000
 
@@ -52,7 +52,7 @@ def test_a_kill_while_saving_leaves_the_old_file_or_the_new_one(tmp_path, moment
     path = tmp_path / "checkpoint"
     path.write_bytes(OLD)
     command = [sys.executable, "-c", DYING, str(path), moment]
-    status = subprocess.run(command, check=False).returncode
+    status = finished(command).returncode
     assert status == (0 if moment == "never" else -signal.SIGKILL)
     assert path.read_bytes() == left
 

@@ -4,7 +4,6 @@ import builtins
 import io
 import os
 import signal
-import subprocess
 import sys
 
 import pytest
@@ -13,6 +12,7 @@ from cabs import BatchSizes, Controller, RunLog
 from cabs.__main__ import main
 from tests.core.logs import write
 from tests.core.strategies import feed
+from tests.processes import finished
 
 
 @pytest.fixture
@@ -21,13 +21,7 @@ def path(tmp_path):
 
 
 def run(*arguments, **settings):
-    return subprocess.run(
-        [sys.executable, "-W", "error", "-m", "cabs", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        check=False,
-        **settings,
-    )
+    return finished([sys.executable, "-W", "error", "-m", "cabs", *map(str, arguments)], **settings)
 
 
 def spoil(path, old, new):
@@ -148,13 +142,8 @@ def test_a_closed_pipe_ends_quietly(path, command):
     read, written = os.pipe()
     os.close(read)
     with os.fdopen(written, "wb") as pipe:
-        result = subprocess.run(
-            [sys.executable, "-m", "cabs", command, str(path)],
-            stdout=pipe,
-            stderr=subprocess.PIPE,
-            check=False,
-        )
-    assert (result.returncode, result.stderr) == (141, b"")
+        result = finished([sys.executable, "-m", "cabs", command, str(path)], stdout=pipe)
+    assert (result.returncode, result.stderr) == (141, "")
 
 
 # show

@@ -4,7 +4,6 @@ import json
 import os
 import resource
 import signal
-import subprocess
 import sys
 from contextlib import contextmanager
 
@@ -13,6 +12,7 @@ import pytest
 from cabs import Controller, RunLog, read_run
 from tests.core.logs import write
 from tests.core.strategies import feed
+from tests.processes import killed_when
 
 pytestmark = pytest.mark.filterwarnings("ignore:the batch size is 1:RuntimeWarning")
 
@@ -56,13 +56,8 @@ while True:
 
 
 def test_a_killed_run_loses_at_most_the_line_being_written(path):
-    process = subprocess.Popen(
-        [sys.executable, "-c", PROGRAM, str(path)], stdout=subprocess.PIPE, text=True
-    )
-    with process:
-        written = [process.stdout.readline() for _ in range(50)]
-        os.kill(process.pid, signal.SIGKILL)
-        written += process.stdout.read().split()
+    command = [sys.executable, "-c", PROGRAM, str(path)]
+    written = killed_when(command, lambda printed: printed.count("\n") >= 50).split("\n")[:-1]
     run = read_run(path)
     assert len(run.decisions) >= int(written[-1])
     assert [decision.step for decision in run.decisions] == list(range(len(run.decisions)))

@@ -3,13 +3,14 @@
 import gzip
 import json
 import math
-import subprocess
 import sys
 import types
 from pathlib import Path
 
 import numpy as np
 import pytest
+
+from tests.processes import finished
 
 ROOT = Path(__file__).parents[2]
 PAPER = ROOT / "examples" / "paper"
@@ -197,7 +198,7 @@ def test_evaluations_are_the_examples_drawn(module, problems):
 
 def convex(*options):
     command = [sys.executable, "-W", "error", str(PAPER / "convex.py"), *map(str, options)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+    return finished(command)
 
 
 @pytest.fixture(scope="module")

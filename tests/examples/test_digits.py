@@ -1,13 +1,13 @@
 """The example does what the README promises, on small budgets."""
 
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 import cabs
+from tests.processes import finished
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "digits.py"
 DATA = Path(__file__).parents[3] / "shared" / "data"
@@ -15,7 +15,7 @@ DATA = Path(__file__).parents[3] / "shared" / "data"
 
 def run(out, *options):
     command = [sys.executable, "-W", "error", str(EXAMPLE), "--out", str(out), *options]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    result = finished(command)
     assert result.returncode == 0, result.stderr
     accuracy = re.search(r"test accuracy (\d\.\d+)", result.stdout)
     assert accuracy, result.stdout
@@ -57,7 +57,7 @@ def test_published_files_are_read(tmp_path):
 def test_a_missing_folder_is_said_in_one_line(tmp_path):
     command = [sys.executable, str(EXAMPLE), "--data", "mnist", "--out", str(tmp_path)]
     for options, message in (([], "needs --data-dir"), (["--data-dir", "nowhere"], "there is no")):
-        result = subprocess.run([*command, *options], capture_output=True, text=True, check=False)
+        result = finished([*command, *options])
         assert result.returncode == 1
         assert message in result.stderr
         assert "Traceback" not in result.stderr

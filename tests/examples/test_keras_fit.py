@@ -1,18 +1,18 @@
 """The example for Keras trains with model.fit, and shows nothing but its progress."""
 
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import cabs
+from tests.processes import finished
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "keras_fit.py"
 
 
 def test_digits_are_learned_by_fit_while_the_batch_size_moves(tmp_path):
     command = [sys.executable, "-W", "error", str(EXAMPLE), "--out", str(tmp_path)]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    result = finished(command)
     assert result.returncode == 0, result.stderr
     assert result.stderr == ""
     assert float(re.search(r"test accuracy (\d\.\d+)", result.stdout)[1]) >= 0.95
@@ -30,9 +30,7 @@ def test_what_is_held_back_while_loading_is_shown_where_loading_fails():
     shown = {}
     for last in ("pass", "import nothing_of_this_name"):
         command = [sys.executable, "-c", program.format(last)]
-        result = subprocess.run(
-            command, capture_output=True, text=True, check=False, cwd=EXAMPLE.parent
-        )
+        result = finished(command, cwd=EXAMPLE.parent)
         shown[last] = result.stderr
     assert shown["pass"] == ""
     assert shown["import nothing_of_this_name"].startswith("held Traceback")

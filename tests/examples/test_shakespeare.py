@@ -1,13 +1,13 @@
 """The language model learns from any text, with its tables tied, while CABS sets the batch size."""
 
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 import cabs
+from tests.processes import finished
 
 ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "examples" / "shakespeare.py"
@@ -16,7 +16,7 @@ PLAYS = ROOT.parent / "shared" / "data" / "tinyshakespeare" / "input.txt"
 
 def run(*options):
     command = [sys.executable, "-W", "error", str(EXAMPLE), *map(str, options)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+    return finished(command)
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +11,8 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy, unfold
 
+from tests.processes import finished
+
 ROOT = Path(__file__).parents[2]
 PAPER = ROOT / "examples" / "paper"
 RESULTS = ROOT / "docs" / "study" / "results"
@@ -20,7 +21,7 @@ DATA = ROOT.parent / "shared" / "data"
 
 def study(*options):
     command = [sys.executable, str(PAPER / "study.py"), "--quick", *map(str, options)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+    return finished(command)
 
 
 def lines(path):
@@ -57,7 +58,7 @@ def test_runs_that_are_there_are_not_made_again(quick):
 
 def test_tables_and_figures_come_from_runs_alone(quick):
     command = [sys.executable, str(PAPER / "report.py"), str(quick)]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    result = finished(command)
     assert result.returncode == 0, result.stderr
     for name in ("images-digits", "images-digits-levels", "groups-digits", "floor-digits-smoothed"):
         assert "list-table" in (quick / f"{name}.inc").read_text(encoding="utf-8")

@@ -20,6 +20,7 @@ import random
 import signal
 import sys
 import time
+import traceback
 from itertools import pairwise
 from pathlib import Path
 
@@ -138,6 +139,9 @@ def in_a_process(function, *arguments) -> int:
         try:
             function(*arguments)
             status = 0
+        except BaseException:
+            traceback.print_exc()
+            sys.stderr.flush()
         finally:
             os._exit(status)
     return number

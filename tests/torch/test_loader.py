@@ -5,7 +5,6 @@ import json
 import multiprocessing
 import os
 import random
-import subprocess
 import sys
 import time
 
@@ -19,6 +18,7 @@ from torch.utils.data import IterableDataset, TensorDataset, get_worker_info
 import cabs_torch
 from cabs import BatchSizes, Controller
 from tests.core.runs import controller, run
+from tests.processes import finished
 
 # There may be fewer cores than workers here.
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
@@ -250,7 +250,7 @@ for loader in (batches, other):
 @pytest.mark.parametrize("options", ["0 0 0", "0 1 0", "1 0 0", "0 0 1000"])
 def test_a_worker_that_dies_is_an_error_and_nothing_is_lost(options):
     command = [sys.executable, "-W", "ignore", "-c", DYING, *options.split()]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    done = finished(command, limit=120.0)
     assert done.returncode == 0, done.stderr
 
 

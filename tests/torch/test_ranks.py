@@ -8,6 +8,7 @@ from torch.utils.data import TensorDataset
 
 import cabs
 import cabs_torch
+from tests.processes import joined
 
 
 def dataset():
@@ -76,7 +77,10 @@ def in_one_of(rank, ranks, folder, lag):
 
 @pytest.mark.parametrize(("ranks", "lag"), [(2, 0), (3, 1)])
 def test_ranks_that_train_together_are_one_that_trains_alone(tmp_path, ranks, lag):
-    mp.start_processes(in_one_of, (ranks, tmp_path, lag), nprocs=ranks, start_method="fork")
+    started = mp.start_processes(
+        in_one_of, (ranks, tmp_path, lag), nprocs=ranks, join=False, start_method="fork"
+    )
+    joined(started)
     found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(ranks)]
     alone, sizes, drawn = Run(), set(), {}
     for shares in zip(*(seen for seen, _ in found), strict=True):
