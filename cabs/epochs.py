@@ -83,12 +83,20 @@ class EpochSampler(ABC, Generic[Drawn]):
     def __iter__(self) -> Iterator[Drawn]:
         """Yield the rest of the epoch, batch by batch: this rank's share of each."""
         epoch = self._epoch
+        self.begin()
         while self._epoch == epoch:
             drawn = self.draw(self.batch_size)
             if drawn is None:
                 self.go_to(epoch + 1, 0)
             else:
                 yield drawn
+
+    def begin(self) -> bool:
+        """Have the epoch, if nothing of it was drawn, as long as it is now.
+
+        Return whether it was known with another length.
+        """
+        return False
 
     def upcoming(self) -> npt.NDArray[np.int64] | None:
         """Return the indices that this rank will draw in the rest of the epoch, if known."""
@@ -158,6 +166,14 @@ class EpochSampler(ABC, Generic[Drawn]):
     def _identity(self) -> dict[str, Any]:
         """Return what decides which examples come at which position."""
 
+    def _identity_for(self, state_dict: dict[str, Any]) -> dict[str, Any]:  # noqa: ARG002
+        """Return what a state's identity has to be, for it to be loaded."""
+        return self._identity()
+
+    def _restore(self, epoch: int, position: int, examples: int) -> None:  # noqa: ARG002
+        """Go on from the position of a state, whose epoch had so many examples, if known."""
+        self.go_to(epoch, position)
+
     def go_to(self, epoch: int, position: int) -> None:
         """Go on from a position of an epoch, in examples of all ranks together."""
         self._epoch, self._position = epoch, position
@@ -196,20 +212,21 @@ class EpochSampler(ABC, Generic[Drawn]):
         """
         check_mark(state_dict, "this", f"state of a {self._NAME}", self._format(), _VERSION)
         check_whole(state_dict, self.state_dict())
+        epoch, position = state_dict["epoch"], state_dict["position"]
+        if not all(type(one) is int and 0 <= one < _MOST for one in (epoch, position)):
+            raise ValueError(f"this state is damaged: epoch = {epoch!r}, position = {position!r}")
+        identity = self._identity_for(state_dict)
         different = [
             f"{name} = {state_dict[name]!r} there and {value!r} here"
-            for name, value in self._identity().items()
+            for name, value in identity.items()
             if type(state_dict[name]) is not type(value) or state_dict[name] != value
         ]
         if different:
             raise ValueError(f"this state belongs to other batches: {', '.join(different)}")
-        epoch, position = state_dict["epoch"], state_dict["position"]
-        if not all(type(one) is int and 0 <= one < _MOST for one in (epoch, position)):
-            raise ValueError(f"this state is damaged: epoch = {epoch!r}, position = {position!r}")
-        examples = self._identity().get("examples", position)
+        examples = identity.get("examples", position)
         if position > examples:
             raise ValueError(f"this state is damaged: position = {position} of {examples} examples")
-        self.go_to(epoch, position)
+        self._restore(epoch, position, examples)
 
     def _format(self) -> str:
         return f"cabs.{self._NAME.replace(' ', '_')}"

@@ -248,6 +248,9 @@ class Loader(Generic[Batch]):
             if self._begun is not None:
                 self._abandon()
             self._sampler.go_to(self._place.epoch, self._place.position)
+            if self._sampler.begin():
+                # What was known of the epoch's end was of another one.
+                self._place = self._place._replace(is_drawn=False)
         while len(self._ready) <= self.lag:
             epoch, _, handed_out, _, asked, is_drawn = self._place
             number = len(self._ready)
@@ -411,9 +414,10 @@ class Loader(Generic[Batch]):
         finally:
             self._sampler.go_to(*at)
         place = _Place(*loaded)
+        is_same = loaded == (state_dict["sampler"]["epoch"], state_dict["sampler"]["position"])
         # Elsewhere these sizes may leave a rank without an example, or end the epoch otherwise.
         settings = [one and one.get("configuration") for one in (controller, before)]
-        if settings[0] == settings[1] and world_size == self._sampler.world_size:
+        if is_same and settings[0] == settings[1] and world_size == self._sampler.world_size:
             asked = tuple((size, -waited) for size, waited in sizes)
             place = place._replace(asked=asked, is_drawn=is_drawn)
         self._place = place

@@ -1,13 +1,16 @@
 """Batches of indices whose size is asked for when each batch is drawn.
 
 Guarantees: in every epoch each example is drawn exactly once over all ranks, whatever the sizes
-do; the order depends on the seed, the epoch and the number of examples alone, not on the machine,
-the NumPy release, the sizes or the number of ranks; which rank has an example does not depend on
-the sizes either, so that it can be fetched before they are known.
+do; where their number changes, an epoch has as many as there were when it began; the order depends
+on the seed, the epoch and the number of examples alone, not on the machine, the NumPy release, the
+sizes or the number of ranks; which rank has an example does not depend on the sizes either, so that
+it can be fetched before they are known.
 """
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -28,7 +31,9 @@ class BatchSampler(EpochSampler[npt.NDArray[np.int64]]):
     an epoch: the batch before it gives some up, or takes them.
 
     Args:
-        examples: How many examples there are.
+        examples: How many examples there are; or a function that says so, for a number that
+            changes. It is called when an epoch begins, which then has as many, and with each batch.
+            Examples that come meanwhile are drawn from the next epoch on, which is warned of once.
         batch_size: A :class:`cabs.Controller`, or a constant.
         shuffle: Whether every epoch has a random order of its own.
         seed: Seed of these orders, at least 0.
@@ -38,7 +43,8 @@ class BatchSampler(EpochSampler[npt.NDArray[np.int64]]):
 
     Raises:
         TypeError: If an argument is of the wrong kind.
-        ValueError: If one is out of its range.
+        ValueError: If one is out of its range; when a batch is drawn, if there are fewer examples
+            than when the epoch began.
 
     Example:
         >>> sampler = BatchSampler(10, 4, shuffle=False)
@@ -46,13 +52,23 @@ class BatchSampler(EpochSampler[npt.NDArray[np.int64]]):
         [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
         >>> sampler.epoch
         1
+
+        Examples that are collected while training goes on:
+
+        >>> replay = ["a", "b", "c", "d"]
+        >>> sampler = BatchSampler(lambda: len(replay), 2, shuffle=False)
+        >>> [indices.tolist() for indices in sampler]
+        [[0, 1], [2, 3]]
+        >>> replay += ["e", "f"]
+        >>> [indices.tolist() for indices in sampler]
+        [[0, 1], [2, 3], [4, 5]]
     """
 
     _NAME = "batch sampler"
 
     def __init__(
         self,
-        examples: int,
+        examples: int | Callable[[], int],
         batch_size: HasBatchSize | int,
         *,
         shuffle: bool = True,
@@ -62,11 +78,73 @@ class BatchSampler(EpochSampler[npt.NDArray[np.int64]]):
         world_size: int = 1,
     ) -> None:
         super().__init__(batch_size, drop_last=drop_last, rank=rank, world_size=world_size)
-        self.examples = as_integer(examples, "examples", 1)
+        self._count = examples if callable(examples) else None
+        self._now = self._counted() if callable(examples) else as_integer(examples, "examples", 1)
+        # Of the running epoch and of the one before, where the number changes.
+        self._lengths: dict[int, int] = {}
         self.shuffle = as_bool(shuffle, "shuffle")
         self.seed = as_integer(seed, "seed", 0)
+        self._has_warned = False
         # The order of an epoch, and which one that is.
-        self._order: tuple[int, npt.NDArray[np.int64]] | None = None
+        self._order: tuple[int, int, npt.NDArray[np.int64]] | None = None
+
+    @property
+    def examples(self) -> int:
+        """How many examples the current epoch has, over all ranks."""
+        return self._length_of(self._epoch)
+
+    def begin(self) -> bool:
+        """Have the epoch, if nothing of it was drawn, as long as it is now.
+
+        Return whether it was known with another length.
+        """
+        before = self._lengths.get(self._epoch)
+        if self._count is None or (self._position > 0 and before is not None):
+            return False
+        now = self._now = self._counted()
+        # A state may be wanted of the last batch of the epoch before.
+        last = self._lengths.get(self._epoch - 1, now)
+        self._lengths = {self._epoch - 1: last, self._epoch: now}
+        return before not in (None, now)
+
+    def _counted(self) -> int:
+        """Return how many examples there are at this moment."""
+        assert self._count is not None
+        return as_integer(self._count(), "examples", 1)
+
+    def _length_of(self, epoch: int) -> int:
+        return self._lengths.get(epoch, self._now)
+
+    def draw(self, size: int) -> npt.NDArray[np.int64] | None:
+        """Draw the next batch of the epoch, of a size that was asked for; None at its end.
+
+        Raises:
+            ValueError: If the size leaves a rank without an example, or is larger than the whole
+                epoch with ``drop_last``; if there are fewer examples than when the epoch began.
+        """
+        if self._count is not None:
+            self._check_count()
+        return super().draw(size)
+
+    def _check_count(self) -> None:
+        """Raise ValueError if examples of the epoch are gone; warn if there are others."""
+        if self._epoch not in self._lengths:
+            self.begin()
+        now, length = self._counted(), self.examples
+        if now < length:
+            raise ValueError(
+                f"epoch {self._epoch} began with {length} examples, of which {self._position} were "
+                f"drawn, and there are {now} now; let examples go between epochs, or make a new "
+                "sampler or loader"
+            )
+        if now > length and not self._has_warned:
+            self._has_warned = True
+            warnings.warn(
+                f"there are {now} examples now, and epoch {self._epoch} began with {length}: it "
+                "ends with these, and the others come from the next one on",
+                RuntimeWarning,
+                stacklevel=2,
+            )
 
     def upcoming(self) -> npt.NDArray[np.int64]:
         """Return what this rank will draw in the rest of the epoch, in order: int64 indices.
@@ -79,33 +157,34 @@ class BatchSampler(EpochSampler[npt.NDArray[np.int64]]):
         return self._of_this_rank(self._position, self.examples)
 
     def _left(self, wanted: int) -> int:  # noqa: ARG002
-        return self.examples - self._position
+        return self._length_of(self._epoch) - self._position
 
     def _take(self, start: int, end: int) -> npt.NDArray[np.int64]:
         return self._of_this_rank(start, end)
 
     def _of_this_rank(self, start: int, end: int) -> npt.NDArray[np.int64]:
-        if self._order is None or self._order[0] != self._epoch:
-            self._order = self._epoch, self._order_of(self._epoch)
+        of = self._epoch, self._length_of(self._epoch)
+        if self._order is None or self._order[:2] != of:
+            self._order = *of, self._order_of(*of)
         # A copy: what is handed out is the caller's own.
         if self.world_size == 1:
-            return self._order[1][start:end].copy()
+            return self._order[2][start:end].copy()
         first = start + (self.rank - start) % self.world_size
-        return self._order[1][first : end : self.world_size].copy()
+        return self._order[2][first : end : self.world_size].copy()
 
-    def _order_of(self, epoch: int) -> npt.NDArray[np.int64]:
+    def _order_of(self, epoch: int, examples: int) -> npt.NDArray[np.int64]:
         """Return the order of an epoch, shape (examples,)."""
         if not self.shuffle:
-            return np.arange(self.examples, dtype=np.int64)
+            return np.arange(examples, dtype=np.int64)
         # NumPy keeps the raw stream of a bit generator for ever, but not that of permutation()
         # (NEP 19). So: sort random keys, each with its index in the low bits, which makes them
         # distinct and the result independent of the sorting algorithm.
-        width = np.uint64(self.examples.bit_length())
+        width = np.uint64(examples.bit_length())
         seed = np.random.SeedSequence(self.seed, spawn_key=(epoch,))
-        keys = np.asarray(np.random.PCG64(seed).random_raw(self.examples), dtype=np.uint64)
+        keys = np.asarray(np.random.PCG64(seed).random_raw(examples), dtype=np.uint64)
         keys >>= width
         keys <<= width
-        keys |= np.arange(self.examples, dtype=np.uint64)
+        keys |= np.arange(examples, dtype=np.uint64)
         keys.sort()
         keys &= (np.uint64(1) << width) - np.uint64(1)
         return keys.view(np.int64)
@@ -115,6 +194,28 @@ class BatchSampler(EpochSampler[npt.NDArray[np.int64]]):
             f"BatchSampler(examples={self.examples}, epoch={self.epoch}, "
             f"position={self.position}, rank={self.rank} of {self.world_size})"
         )
+
+    def state_at(self, epoch: int, position: int) -> dict[str, Any]:
+        """Return the state of a sampler that has come to this position, as plain values."""
+        return {**super().state_at(epoch, position), "examples": self._length_of(epoch)}
+
+    def _identity_for(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        identity = self._identity()
+        if self._count is None:
+            return identity
+        there = state_dict["examples"]
+        # Of an epoch that has begun, others than these would be drawn.
+        is_between = state_dict["position"] == 0 or state_dict["position"] == there
+        is_number = type(there) is int and there >= 1
+        return {**identity, "examples": there if is_between and is_number else self._counted()}
+
+    def _restore(self, epoch: int, position: int, examples: int) -> None:
+        if self._count is not None:
+            if position == examples != self._counted():
+                epoch, position = epoch + 1, 0
+            else:
+                self._lengths = {epoch: examples}
+        self.go_to(epoch, position)
 
     def _identity(self) -> dict[str, Any]:
         return {

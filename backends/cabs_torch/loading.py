@@ -59,7 +59,9 @@ def loader(
     them, and let all controllers decide upon the same numbers.
 
     Args:
-        dataset: A map-style dataset, or an ``IterableDataset``. The latter is read from its start
+        dataset: A map-style dataset, or an ``IterableDataset``. The former may grow or shrink
+            between epochs, each of which has as many examples as there are when it begins; with
+            several ranks, alike on all of them. The latter is read from its start
             by each worker, and sharded by itself, as PyTorch asks for; its order then depends on
             the number of workers.
         controller: A :class:`cabs.Controller`, or a constant.
@@ -87,14 +89,16 @@ def loader(
         timeout: How many seconds to wait for a worker before it is an error; 0 for ever.
         worker_init_fn: Called with a worker's number when it begins.
         multiprocessing_context: How workers are started.
-        persistent_workers: Whether workers live on from one epoch to the next.
+        persistent_workers: Whether workers live on from one epoch to the next, while the dataset
+            is as long as it was.
 
     Returns:
         A :class:`cabs.Loader`. Its ``state_dict`` holds the controller's state too.
 
     Raises:
         TypeError: If an argument is of the wrong kind.
-        ValueError: If one is out of its range or does not fit the dataset.
+        ValueError: If one is out of its range or does not fit the dataset; when a batch is drawn,
+            if the dataset has become shorter since the epoch began.
 
     Example:
         >>> import cabs, cabs_torch, torch
@@ -148,7 +152,11 @@ def loader(
     if not len(dataset):
         raise ValueError("dataset must hold at least one example, got an empty one")
     sampler = BatchSampler(
-        len(dataset), controller, shuffle=True if shuffle is None else shuffle, seed=seed, **shares
+        lambda: len(dataset),
+        controller,
+        shuffle=True if shuffle is None else shuffle,
+        seed=seed,
+        **shares,
     )
     reader = ChunkReader(dataset, examples_seed)
     # Says at once what it does not take.

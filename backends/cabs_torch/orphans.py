@@ -72,6 +72,6 @@ def _end_with(starter: Any, is_child: bool) -> None:
 
 def _is_gone(starter: Any, is_child: bool) -> bool:
     if is_child:
-        return os.getppid() != starter.pid
+        return bool(os.getppid() != starter.pid)
     # By a pipe, which is closed when a process ends, unless another one has inherited it.
     return not starter.is_alive()

@@ -96,12 +96,16 @@ class ReadByWorkers(Reading):
         self._options = options
         self._requests = _Requests(world_size * options["num_workers"])
         self._data_loader: Any = None
+        # Of the dataset, of which each worker has a copy.
+        self._length = 0
         self._arrivals: _Arrivals | None = None
 
     def begin(self, epoch: int, upcoming: Any, size: int) -> None:
         """Let the workers begin with what will be asked for."""
-        if not self._options["persistent_workers"]:
+        length = len(self._reader.dataset)
+        if not self._options["persistent_workers"] or length != self._length:
             self.close()
+        self._length = length
         self._requests.begin(epoch, upcoming, size)
         if self._data_loader is None:
             options = {**self._options, "sampler": self._requests}
