@@ -9,7 +9,8 @@ from cabs.averages import DebiasedAverage
 from cabs.configuration import Configuration
 from cabs.controller import Controller
 from cabs.decision import Averages, Decision, Observation, Reason, State, decide, initial_state
-from cabs.loader import DrawnBatch, Fetch, Loader
+from cabs.fetch import DrawnBatch, Fetch
+from cabs.loader import Loader
 from cabs.log import RunLog
 from cabs.memory import MemoryCap
 from cabs.microbatches import split

@@ -2,8 +2,9 @@
 
 Guarantees: the size of a batch is asked for at a moment that does not depend on how fast anything
 is, ``lag`` batches before it is handed out, so that a run can be repeated and resumed to the bit; a
-state counts the batches that the loop has been given, and not those that were made ready; whatever
-fails while a batch is made, the batch stays the next one.
+state counts the batches that the loop has been given, and not those that were made ready, nor one
+that a host has taken to see whether it is the last; whatever fails while a batch is made, the batch
+stays the next one.
 """
 
 from __future__ import annotations
@@ -12,115 +13,17 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
-from typing import Any, Generic, NamedTuple, Protocol, Self, TypeVar, runtime_checkable
+from typing import Any, Generic, NamedTuple, Self
 
-import numpy.typing as npt
-
+from cabs import hosts
 from cabs.epochs import EpochSampler
+from cabs.fetch import Batch, DrawnBatch, Fetch, Function
 from cabs.formats import check_mark, check_whole
-from cabs.scalars import as_integer
+from cabs.places import Place, are_sizes
+from cabs.scalars import as_bool, as_integer
 
 _FORMAT = "cabs.loader"
 _VERSION = 1
-
-Batch = TypeVar("Batch", covariant=True)
-
-
-class DrawnBatch(NamedTuple):
-    """What a loader tells of the batch that it handed out last.
-
-    Example:
-        >>> import cabs, numpy as np
-        >>> loader = Loader(np.arange(10.0).take, cabs.BatchSampler(10, 4, shuffle=False))
-        >>> for batch in loader:
-        ...     print(loader.batch.start, loader.batch.examples, loader.batch.lag)
-        0 4 0
-        4 4 0
-        8 2 0
-    """
-
-    epoch: int
-    """Counted from 0."""
-    start: int
-    """Position in the epoch of its first example, over all ranks."""
-    examples: int
-    """How many examples it has, over all ranks."""
-    asked: int
-    """The size that was asked for; it differs at the end of an epoch."""
-    lag: int
-    """How many batches were handed out after the size was asked for, and before this one."""
-    drawn: Any
-    """What the sampler drew: this rank's indices, or its examples of a stream."""
-
-
-@runtime_checkable
-class Fetch(Protocol[Batch]):
-    """What makes batches for a loader, where a function would not do.
-
-    It is told what will be asked for, and is asked for all of it, in order. Derived from, it does
-    nothing but what is written anew.
-
-    Example:
-        >>> import cabs
-        >>> class Squares(Fetch[list[int]]):
-        ...     def begin(self, epoch, upcoming, size):
-        ...         self.squares = iter([index**2 for index in upcoming.tolist()])
-        ...     def fetch(self, batch):
-        ...         return [next(self.squares) for _ in batch.drawn]
-        >>> list(Loader(Squares(), cabs.BatchSampler(6, 4, shuffle=False)))
-        [[0, 1, 4, 9], [16, 25]]
-    """
-
-    def begin(
-        self,
-        epoch: int,  # noqa: ARG002
-        upcoming: npt.NDArray[Any] | None,  # noqa: ARG002
-        size: int,  # noqa: ARG002
-    ) -> None:
-        """Prepare for these indices, in this order; None for what a stream holds.
-
-        ``size`` is what the first batch was asked to have, over all ranks. Whatever was prepared
-        before is not asked for any more.
-        """
-        return
-
-    def fetch(self, batch: DrawnBatch) -> Batch:
-        """Return a batch that was drawn; in a thread, if the loader has a lag."""
-        ...
-
-    def end(self) -> None:
-        """Let go of what the next epoch does not need."""
-        return
-
-    def close(self) -> None:
-        """Let go of everything, since something failed, or nobody goes on."""
-        return
-
-
-class _Function(Fetch[Batch]):
-    """A plain function that makes batches, which needs no preparation."""
-
-    def __init__(self, function: Callable[[Any], Batch]) -> None:
-        self._function = function
-
-    def fetch(self, batch: DrawnBatch) -> Batch:
-        return self._function(batch.drawn)
-
-
-class _Place(NamedTuple):
-    """How far a loop has come. All that a loader must not lose, replaced as a whole."""
-
-    epoch: int
-    position: int
-    """How many examples of the epoch the loop was given, over all ranks."""
-    handed_out: int = 0
-    """How many batches, since the loader was made or restored."""
-    batch: DrawnBatch | None = None
-    """The last of them."""
-    asked: tuple[tuple[int, int], ...] = ()
-    """The sizes of the batches to come, with ``handed_out`` at the moment they were asked for."""
-    is_drawn: bool = False
-    """Whether these are all of the epoch."""
 
 
 class _Ready(NamedTuple):
@@ -151,10 +54,16 @@ class Loader(Generic[Batch]):
         sampler: Says which examples come, and asks for their number. It belongs to this loader, and
             runs ahead of it.
         lag: How many batches to make ready in advance.
+        one_ahead: Whether who iterates takes each batch while the one before it is still to be
+            trained on, as a host does that wants to know which one is the last. States,
+            :attr:`epoch`, :attr:`position` and :attr:`batch` are then those of the one before, and
+            a loop that was left goes on with what nobody has trained on. If left out, it is so in
+            the hosts that are known to, Lightning and what accelerate wraps.
 
     Raises:
         TypeError: If an argument is of the wrong kind.
-        ValueError: If ``lag`` is negative.
+        ValueError: If ``lag`` is negative; when a loop begins, if a known host takes more than one
+            batch ahead.
 
     Example:
         >>> import cabs, numpy as np
@@ -177,6 +86,7 @@ class Loader(Generic[Batch]):
         sampler: EpochSampler[Any],
         *,
         lag: int = 0,
+        one_ahead: bool | None = None,
     ) -> None:
         if not callable(fetch) and not isinstance(fetch, Fetch):
             raise TypeError(
@@ -187,10 +97,11 @@ class Loader(Generic[Batch]):
                 "sampler must be a cabs.BatchSampler or a cabs.StreamSampler, got sampler = "
                 f"{sampler!r}"
             )
-        self._fetch = fetch if isinstance(fetch, Fetch) else _Function(fetch)
+        self._fetch = fetch if isinstance(fetch, Fetch) else Function(fetch)
         self._sampler = sampler
         self.lag = as_integer(lag, "lag", 0)
-        self._place = _Place(sampler.epoch, sampler.position)
+        self._one_ahead = one_ahead if one_ahead is None else as_bool(one_ahead, "one_ahead")
+        self._place = Place(sampler.epoch, sampler.position)
         # What follows can be lost at any time, and is then made again.
         self._ready: deque[_Ready] = deque()
         self._thread: ThreadPoolExecutor | None = None
@@ -204,28 +115,32 @@ class Loader(Generic[Batch]):
     @property
     def epoch(self) -> int:
         """The current epoch, counted from 0; the next one once the loop over it has ended."""
-        return self._place.epoch
+        return self._place.trained().epoch
 
     @property
     def position(self) -> int:
         """How many examples of the epoch the loop has been given, over all ranks."""
-        return self._place.position
+        return self._place.trained().position
 
     @property
     def batch(self) -> DrawnBatch:
-        """What there is to tell of the batch handed out last.
+        """What there is to tell of the batch that the loop has come to: the one handed out last.
+
+        Where one is taken ahead, the one before it.
 
         Raises:
             ValueError: If there was none since the loader was made or restored.
         """
-        if self._place.batch is None:
+        batch = self._place.trained().batch
+        if batch is None:
             raise ValueError("no batch has been handed out yet; read it in the loop's body")
-        return self._place.batch
+        return batch
 
     def __iter__(self) -> Iterator[Batch]:
         """Yield the rest of the epoch, batch by batch."""
-        epoch = self.epoch
-        while self.epoch == epoch:
+        self._begin_loop()
+        epoch = self._place.epoch
+        while self._place.epoch == epoch:
             try:
                 self._draw_ahead()
                 if not self._ready:
@@ -240,6 +155,20 @@ class Loader(Generic[Batch]):
             self._place = after
             yield made
 
+    def _begin_loop(self) -> None:
+        """Have the next batch be the first that nobody has trained on."""
+        ahead = hosts.batches_ahead() if self._one_ahead is None else int(self._one_ahead)
+        if ahead > 1:
+            raise ValueError(
+                f"whoever iterates takes {ahead} batches ahead, and a state would not know which "
+                "of them were trained on; let it take one, or give one_ahead=False, keep "
+                "loader.batch beside each batch, and save loader.state_dict(after=batch)"
+            )
+        place = self._place.trained()
+        if place is not self._place:
+            self._abandon()
+        self._place = place.begun(one_ahead=ahead == 1)
+
     def _draw_ahead(self) -> None:
         """Draw until there is the next batch, and ``lag`` more."""
         if self._ready and self._ready[0].batch is self._place.batch:
@@ -252,7 +181,7 @@ class Loader(Generic[Batch]):
                 # What was known of the epoch's end was of another one.
                 self._place = self._place._replace(is_drawn=False)
         while len(self._ready) <= self.lag:
-            epoch, _, handed_out, _, asked, is_drawn = self._place
+            epoch, _, handed_out, asked, is_drawn, *_ = self._place
             number = len(self._ready)
             if number == len(asked):
                 if is_drawn:
@@ -306,16 +235,13 @@ class Loader(Generic[Batch]):
             )
             raise
 
-    def _after(self) -> _Place:
+    def _after(self) -> Place:
         """Return where the loop is when it has been given the next batch."""
-        epoch, _, handed_out, _, asked, is_drawn = self._place
-        batch = self._ready[0].batch
-        end = batch.start + batch.examples
-        return _Place(epoch, end, handed_out + 1, batch, asked[1:], is_drawn)
+        return self._place.given(self._ready[0].batch, getattr(self.controller, "step", None))
 
     def _end_epoch(self) -> None:
         self._place = self._place._replace(
-            epoch=self.epoch + 1, position=0, asked=(), is_drawn=False
+            epoch=self._place.epoch + 1, position=0, asked=(), is_drawn=False
         )
         self._begun = None
         self._stop_thread()
@@ -344,8 +270,19 @@ class Loader(Generic[Batch]):
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self, *, after: DrawnBatch | None = None) -> dict[str, Any]:
         """Return position, sizes asked for, and the controller's state, as plain values.
+
+        Args:
+            after: The batch whose step was the last to be done: what :attr:`batch` was when it was
+                handed out. Needed where batches are taken ahead by something of your own. If left
+                out, it is what :attr:`batch` is.
+
+        Raises:
+            TypeError: If ``after`` is no :class:`cabs.DrawnBatch`.
+            ValueError: If ``after`` is none of the last batches that were handed out; or, without
+                it, if the controller's steps show that batches are taken ahead, and ``one_ahead``
+                does not say so.
 
         Example:
             >>> import cabs, numpy as np
@@ -358,16 +295,22 @@ class Loader(Generic[Batch]):
             >>> [batch.tolist() for batch in resumed]
             [[4, 5, 6, 7], [8, 9]]
         """
-        epoch, position, handed_out, _, asked, is_drawn = self._place
+        if after is not None:
+            return self._state_of(self._place.after(after))
+        if self._one_ahead is not False:
+            self._place.check_pace(getattr(self.controller, "step", None))
+        return self._state_of(self._place.trained())
+
+    def _state_of(self, place: Place) -> dict[str, Any]:
         state_of_controller = getattr(self.controller, "state_dict", None)
         return {
             "format": _FORMAT,
             "version": _VERSION,
-            "sampler": self._sampler.state_at(epoch, position),
+            "sampler": self._sampler.state_at(place.epoch, place.position),
             "world_size": self._sampler.world_size,
             "controller": None if state_of_controller is None else state_of_controller(),
-            "sizes": [[size, handed_out - asked_at] for size, asked_at in asked],
-            "is_drawn": is_drawn,
+            "sizes": [[size, place.handed_out - asked_at] for size, asked_at in place.asked],
+            "is_drawn": place.is_drawn,
         }
 
     def load_state_dict(self, state_dict: Any, *, changed_settings: bool = False) -> None:
@@ -387,12 +330,12 @@ class Loader(Generic[Batch]):
                 or a controller with other settings. Nothing has changed then.
         """
         check_mark(state_dict, "this", "state of a loader", _FORMAT, _VERSION)
-        here = self.state_dict()
+        here = self._state_of(self._place)
         check_whole(state_dict, here)
         sizes, is_drawn, world_size = (
             state_dict[name] for name in ("sizes", "is_drawn", "world_size")
         )
-        if type(is_drawn) is not bool or type(world_size) is not int or not _are_sizes(sizes):
+        if type(is_drawn) is not bool or type(world_size) is not int or not are_sizes(sizes):
             raise ValueError(
                 f"this state is damaged: sizes = {sizes!r}, is_drawn = {is_drawn!r}, "
                 f"world_size = {world_size!r}"
@@ -413,7 +356,7 @@ class Loader(Generic[Batch]):
                 self.controller.load_state_dict(controller, **options)
         finally:
             self._sampler.go_to(*at)
-        place = _Place(*loaded)
+        place = Place(*loaded)
         is_same = loaded == (state_dict["sampler"]["epoch"], state_dict["sampler"]["position"])
         # Elsewhere these sizes may leave a rank without an example, or end the epoch otherwise.
         settings = [one and one.get("configuration") for one in (controller, before)]
@@ -425,13 +368,3 @@ class Loader(Generic[Batch]):
 
     def __repr__(self) -> str:
         return f"Loader({self._sampler!r}, lag={self.lag})"
-
-
-def _are_sizes(value: Any) -> bool:
-    return isinstance(value, list) and all(
-        isinstance(pair, list)
-        and [type(number) for number in pair] == [int, int]
-        and pair[0] >= 1
-        and pair[1] >= 0
-        for pair in value
-    )

@@ -31,6 +31,7 @@ def loader(
     drop_last: bool = False,
     rank: int = 0,
     world_size: int = 1,
+    one_ahead: bool | None = None,
 ) -> Loader[Any]:
     """Return a loader of batches of tensors whose sizes follow the controller.
 
@@ -52,6 +53,8 @@ def loader(
         drop_last: Leave out the examples at the end of an epoch that fill no whole batch.
         rank: This process's rank.
         world_size: How many ranks draw from the same batches.
+        one_ahead: Whether who iterates takes each batch while the one before it is still to be
+            trained on, see :class:`cabs.Loader`.
 
     Returns:
         A :class:`cabs.Loader`. A ``tf.function`` over its batches is traced once with
@@ -81,14 +84,15 @@ def loader(
                 "call its shuffle(...) before"
             )
         stream = _Stream(source)
-        return Loader(stream.packed, StreamSampler.of_blocks(stream, controller, **shares), lag=lag)
+        cut = StreamSampler.of_blocks(stream, controller, **shares)
+        return Loader(stream.packed, cut, lag=lag, one_ahead=one_ahead)
     whole, examples = whole_arrays(source)
     if not examples:
         raise ValueError("source must hold at least one example, got empty arrays")
     sampler = BatchSampler(
         examples, controller, shuffle=True if shuffle is None else shuffle, seed=seed, **shares
     )
-    return Loader(partial(_gathered_on_host, whole), sampler, lag=lag)
+    return Loader(partial(_gathered_on_host, whole), sampler, lag=lag, one_ahead=one_ahead)
 
 
 def _gathered_on_host(whole: Any, indices: Any) -> Any:

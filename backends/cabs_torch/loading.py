@@ -46,6 +46,7 @@ def loader(
     worker_init_fn: Callable[[int], None] | None = None,
     multiprocessing_context: Any = None,
     persistent_workers: bool = False,
+    one_ahead: bool | None = None,
 ) -> Loader[Any]:
     """Return a loader over a dataset whose batch sizes follow the controller.
 
@@ -91,6 +92,9 @@ def loader(
         multiprocessing_context: How workers are started.
         persistent_workers: Whether workers live on from one epoch to the next, while the dataset
             is as long as it was.
+        one_ahead: Whether who iterates takes each batch while the one before it is still to be
+            trained on; found out in the hosts that are known to if left out, see
+            :class:`cabs.Loader`.
 
     Returns:
         A :class:`cabs.Loader`. Its ``state_dict`` holds the controller's state too.
@@ -148,7 +152,7 @@ def loader(
             )
         stream = Stream(dataset, examples_seed, options)
         cut = StreamSampler.of_blocks(stream, controller, order=stream.order, **shares)
-        return Loader(Reading(collate), cut, lag=lag)
+        return Loader(Reading(collate), cut, lag=lag, one_ahead=one_ahead)
     if not len(dataset):
         raise ValueError("dataset must hold at least one example, got an empty one")
     sampler = BatchSampler(
@@ -161,9 +165,12 @@ def loader(
     reader = ChunkReader(dataset, examples_seed)
     # Says at once what it does not take.
     data_loader(reader, examples_seed, 0, {**options, "sampler": ()})
+    fetch: ReadByWorkers | ReadHere
     if num_workers:
-        return Loader(ReadByWorkers(reader, collate, world_size, options), sampler, lag=lag)
-    return Loader(ReadHere(reader, collate), sampler, lag=lag)
+        fetch = ReadByWorkers(reader, collate, world_size, options)
+    else:
+        fetch = ReadHere(reader, collate)
+    return Loader(fetch, sampler, lag=lag, one_ahead=one_ahead)
 
 
 def _place_among_ranks(
