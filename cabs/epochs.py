@@ -178,6 +178,14 @@ class EpochSampler(ABC, Generic[Drawn]):
         """Go on from a position of an epoch, in examples of all ranks together."""
         self._epoch, self._position = epoch, position
 
+    def bookmark(self) -> Any:
+        """Return what :meth:`go_back` needs to undo the loading of a state."""
+        return self._epoch, self._position
+
+    def go_back(self, bookmark: Any) -> None:
+        """Be where :meth:`bookmark` was called."""
+        self.go_to(*bookmark)
+
     def state_at(self, epoch: int, position: int) -> dict[str, Any]:
         """Return the state of a sampler that has come to this position, as plain values."""
         return {

@@ -347,15 +347,16 @@ class Loader(Generic[Batch]):
                 f"{'without' if controller is None else 'with'} a controller, and this loader has "
                 f"{'none' if before is None else 'one'}; build it as it was"
             )
-        at = self._sampler.epoch, self._sampler.position
+        before_it = self._sampler.bookmark()
         self._sampler.load_state_dict(state_dict["sampler"])
         loaded = self._sampler.epoch, self._sampler.position
         try:
             if controller is not None:
                 options = {"changed_settings": True} if changed_settings else {}
                 self.controller.load_state_dict(controller, **options)
-        finally:
-            self._sampler.go_to(*at)
+        except BaseException:
+            self._sampler.go_back(before_it)
+            raise
         place = Place(*loaded)
         is_same = loaded == (state_dict["sampler"]["epoch"], state_dict["sampler"]["position"])
         # Elsewhere these sizes may leave a rank without an example, or end the epoch otherwise.

@@ -74,11 +74,12 @@ class Place(NamedTuple):
 
     def given(self, batch: DrawnBatch, step: Any) -> Place:
         """Return the place after one more batch, handed out at a step of the controller."""
-        # Examples of a stream can be large.
-        whole = 1 if self.one_ahead else 0
         kept = self.last[1 - _KEPT :]
-        first = max(len(kept) - whole, 0)
-        last = (*(one._replace(drawn=None) for one in kept[:first]), *kept[first:], batch)
+        older, newer = kept[:-2], kept[-2:]
+        # Examples of a stream can be large: only those are kept that somebody can ask for.
+        whole = len(newer) - (1 if self.one_ahead and newer else 0)
+        stripped = (one._replace(drawn=None) for one in newer[:whole])
+        last = (*older, *stripped, *newer[whole:], batch)
         pace = None
         if type(step) is int:
             pace = Pace(step, step) if self.pace is None else self.pace.then(step)

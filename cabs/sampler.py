@@ -195,6 +195,15 @@ class BatchSampler(EpochSampler[npt.NDArray[np.int64]]):
             f"position={self.position}, rank={self.rank} of {self.world_size})"
         )
 
+    def bookmark(self) -> Any:
+        """Return what :meth:`go_back` needs to undo the loading of a state."""
+        return super().bookmark(), self._lengths
+
+    def go_back(self, bookmark: Any) -> None:
+        """Be where :meth:`bookmark` was called."""
+        at, self._lengths = bookmark
+        super().go_back(at)
+
     def state_at(self, epoch: int, position: int) -> dict[str, Any]:
         """Return the state of a sampler that has come to this position, as plain values."""
         return {**super().state_at(epoch, position), "examples": self._length_of(epoch)}

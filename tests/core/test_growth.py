@@ -143,6 +143,24 @@ def test_the_end_that_was_seen_ahead_is_not_that_of_a_longer_epoch(length):
         assert sorted(epoch_of(loader)) == list(range(length))
 
 
+def test_a_state_that_is_refused_leaves_the_epoch_its_length():
+    data = Data(30)
+    state = loader(data).state_dict()
+    state["controller"]["state"]["step"] = -1
+    data.length = 20
+    batches = loader(data)
+    rest = iter(batches)
+    drawn = next(rest)
+    data.length = 30
+    before = batches.state_dict()
+    with pytest.raises(ValueError, match="damaged"):
+        batches.load_state_dict(state)
+    assert batches.state_dict() == before
+    with pytest.warns(RuntimeWarning, match="epoch 0 began with 20"):
+        drawn += epoch_of(batches)
+    assert sorted(drawn) == list(range(20))
+
+
 def test_a_number_is_a_number_for_good():
     state = Loader(list, BatchSampler(10, 4)).state_dict()
     with pytest.raises(ValueError, match="examples = 10 there and 12 here"):

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from tests.processes import finished
+from tests.processes import finished, killed_when
 
 # Its child keeps what it prints to open, and says its own number.
 PARENT = """
@@ -40,6 +40,13 @@ def test_a_program_that_hangs_fails_says_what_it_printed_and_is_ended_with_all_i
     while is_there(number) and time.monotonic() < deadline:
         time.sleep(0.01)
     assert not is_there(number)
+
+
+def test_a_program_is_looked_at_while_it_prints_and_all_of_that_is_told():
+    program = "number = 0\nwhile True:\n    number += 1; print(number, flush=True)"
+    printed = killed_when([sys.executable, "-c", program], lambda printed: "\n500\n" in printed)
+    lines = printed.split("\n")[:-1]
+    assert lines == [str(number) for number in range(1, 1 + len(lines))]
 
 
 def test_what_a_program_leaves_behind_holds_nobody_up():
