@@ -154,10 +154,12 @@ class BatchSampler(EpochSampler[npt.NDArray[np.int64]]):
             >>> sampler.upcoming().tolist()
             [1, 3, 5, 7, 9]
         """
+        if self._count is not None and self._epoch not in self._lengths:
+            self.begin()
         return self._of_this_rank(self._position, self.examples)
 
     def _left(self, wanted: int) -> int:  # noqa: ARG002
-        return self._length_of(self._epoch) - self._position
+        return self.examples - self._position
 
     def _take(self, start: int, end: int) -> npt.NDArray[np.int64]:
         return self._of_this_rank(start, end)

@@ -52,6 +52,16 @@ def test_ranks_follow_together(lengths, world_size):
         assert sorted(drawn) == list(range(data.length))
 
 
+def test_what_is_upcoming_is_what_is_drawn():
+    data = Data(5)
+    sampler = BatchSampler(data, 2)
+    epoch_of(sampler)
+    data.length = 9
+    upcoming = sampler.upcoming().tolist()
+    assert sorted(upcoming) == list(range(9))
+    assert epoch_of(sampler) == upcoming
+
+
 def test_a_sampler_alone_follows_too():
     data = Data(5)
     sampler = BatchSampler(data, 2)

@@ -107,7 +107,10 @@ def main() -> None:
     parser.add_argument("method", choices=("fork", "spawn", "forkserver"))
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--longest", type=float, default=0.05, help="in seconds")
+    parser.add_argument("--without-handles", action="store_true", help="as older systems are")
     options = parser.parse_args()
+    if options.without_handles:
+        del os.pidfd_open
     torch.set_num_threads(1)
     assert ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) == 0
     statuses: dict[int, int] = {}

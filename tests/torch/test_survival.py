@@ -32,6 +32,7 @@ def test_a_killed_run_is_the_one_that_was_left_alone(tmp_path, workers, options)
     ("method", "options"),
     [
         ("fork", ["--kills", "100"]),
+        ("fork", ["--kills", "20", "--without-handles"]),
         ("spawn", ["--kills", "4", "--longest", "8"]),
         ("forkserver", ["--kills", "4", "--longest", "8"]),
     ],
