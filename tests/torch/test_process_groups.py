@@ -11,6 +11,7 @@ from torch.distributed.tensor import Replicate, distribute_module, distribute_te
 from torch.nn.parallel import DistributedDataParallel
 
 import cabs_torch
+from tests.processes import joined
 from tests.torch.models import cross_entropy
 from tests.torch.reference import gradients_one_by_one
 
@@ -215,4 +216,7 @@ def on_a_rank(rank, meeting, number):
 @pytest.mark.parametrize("number", range(len(CLAIMS)), ids=[claim.__name__ for claim in CLAIMS])
 def test_on_two_ranks(tmp_path, number):
     arguments = (tmp_path / "meeting", number)
-    mp.start_processes(on_a_rank, arguments, nprocs=2, start_method="fork")
+    joined(
+        mp.start_processes(on_a_rank, arguments, nprocs=2, join=False, start_method="fork"),
+        limit=120.0,
+    )
