@@ -5,7 +5,7 @@ Guarantees: what cannot be a batch is an error that names the leaf by its path.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr
 
+from cabs_jax.errors import listed
 from cabs_jax.program import Status
 
 
@@ -111,13 +112,21 @@ def read_arguments(args: Sequence[Any], argnums: Sequence[int], in_axes: Any) ->
     if not any(parameters):
         raise ValueError(f"argnums = {tuple(argnums)} must select arguments that hold arrays")
     if len(set(sizes.values())) != 1:
-        shown = ", ".join(f"{size} in {name}" for name, size in sizes.items()) or "no such leaf"
-        raise ValueError(f"all leaves of a batch must hold as many examples, got {shown}")
+        raise ValueError(f"all leaves of a batch must hold as many examples, got {_shown(sizes)}")
     treedef = jax.tree.structure(tuple(args))
     examples = next(iter(sizes.values()))
     if not examples:
         raise ValueError("a batch must hold at least one example, got none")
     return Arguments(tuple(leaves), tuple(paths), tuple(axes), tuple(parameters), treedef, examples)
+
+
+def _shown(sizes: Mapping[str, int]) -> str:
+    """Return how many examples there are in what, the rarest number first."""
+    names: dict[int, list[str]] = {}
+    for name, size in sizes.items():
+        names.setdefault(size, []).append(name)
+    found = sorted(names.items(), key=lambda item: len(item[1]))
+    return listed([f"{size} in {listed(some)}" for size, some in found]) or "no such leaf"
 
 
 def _as_array(leaf: Any, name: str) -> Any:

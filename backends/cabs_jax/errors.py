@@ -1,6 +1,7 @@
 """The error for what cannot be measured exactly, in words that a user can act upon.
 
-Guarantees: it names the parameter by its path, the operation and the way out.
+Guarantees: the reason comes first; then the operation, the parameters by their paths, three of them
+at most and how many more there are, and the way out.
 """
 
 from __future__ import annotations
@@ -18,16 +19,31 @@ class UncoveredParameterError(RuntimeError):
         >>> cabs_jax.value_and_grad(loss_fn)(2.0, jnp.ones(3))  # doctest: +ELLIPSIS
         Traceback (most recent call last):
         ...
-        cabs_jax.errors.UncoveredParameterError: argument 0 meets the example in while, whose ...
+        cabs_jax.errors.UncoveredParameterError: Reverse-mode differentiation does not work for ...
     """
+
+
+# How many names of leaves a message holds.
+_SHOWN = 3
+
+
+def listed(names: Sequence[str]) -> str:
+    """Return the first names, and how many more there are.
+
+    Example:
+        >>> listed(["a", "b", "c", "d", "e"])
+        'a, b, c and 2 more'
+    """
+    more = len(names) - _SHOWN
+    return ", ".join(names[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
 def uncovered(names: Sequence[str], operation: str, error: Exception) -> UncoveredParameterError:
     """Return the error for parameters that meet the example in some operation."""
     reason = str(error).splitlines()[0] if str(error) else type(error).__name__
     return UncoveredParameterError(
-        f"{', '.join(names)} {'meet' if len(names) > 1 else 'meets'} the example in {operation}, "
-        f"whose derivative for one example cannot be taken: {reason}. Take statistics from groups "
-        "of examples instead, with cabs_jax.PartialStatistics, or hold the parameter fixed with "
-        "jax.lax.stop_gradient"
+        f"{reason.rstrip('.')}. So there is no derivative for one example where {listed(names)} "
+        f"{'meet' if len(names) > 1 else 'meets'} the example, in {operation}. Take statistics "
+        "from groups of examples instead, with cabs_jax.PartialStatistics, or hold fixed what "
+        "cannot be measured, with jax.lax.stop_gradient"
     )

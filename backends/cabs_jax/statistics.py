@@ -15,6 +15,7 @@ from jax import Array
 
 from cabs import GradientStatistics
 from cabs_jax import norms
+from cabs_jax.errors import listed
 
 
 @jax.tree_util.register_dataclass
@@ -144,7 +145,11 @@ def square_of(tree: Any) -> Array:
     leaves = [jnp.asarray(leaf) for leaf in jax.tree.leaves(tree)]
     squares = [norms.square(leaf[None])[0] for leaf in leaves if _is_real(leaf)]
     if not squares:
-        raise ValueError(f"gradients must hold arrays of real numbers, got {tree!r}")
+        held = listed([f"{leaf.dtype}{list(leaf.shape)}" for leaf in leaves]) or "no array"
+        raise ValueError(
+            f"gradients must hold arrays of real numbers, got {held}; give the mean gradient "
+            "of the examples, a pytree"
+        )
     total: Array = sum(squares[1:], start=squares[0])
     return total
 
