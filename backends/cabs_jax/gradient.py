@@ -83,6 +83,7 @@ def value_and_grad(
             found.examples.astype(jnp.int32),
             total,
             square_of(found.gradients),
+            found.estimated.astype(jnp.int32),
         )
         if has_aux:
             return (found.loss, statistics, found.aux), gradients
@@ -102,6 +103,7 @@ class Result:
         squares: For each leaf of these, in order, the sum over examples of squared norms.
         leaves: What each of these is called, and how it was measured.
         examples: How many there are.
+        estimated: Of how many the norms are estimated from those of the others.
     """
 
     loss: Array
@@ -110,6 +112,7 @@ class Result:
     squares: list[Array]
     leaves: dict[str, Leaf]
     examples: Array
+    estimated: Array
 
 
 def measure(
@@ -172,7 +175,8 @@ def measure(
         mean_loss, argnums=(0, 1), has_aux=True
     )(parameters, zeros)
     found = marks.rebuilt(flat_found)
-    share = _share(sample, mask, counted, examples)
+    sampled = _counted(mask, examples, sample)
+    share = jnp.ones((), jnp.float32) if sample in (None, examples) else counted / sampled
     squares = {}
     for value, leaf in leaves.items():
         square = _square(value, leaf, found, sample)
@@ -191,6 +195,7 @@ def measure(
         [squares[value] for value in leaves],
         {names[value]: leaf for value, leaf in leaves.items()},
         counted,
+        counted - sampled,
     )
 
 
@@ -218,25 +223,16 @@ def _anchor(arguments: Arguments) -> Array:
     return jnp.zeros(arguments.examples, bool)
 
 
-def _counted(mask: Any, examples: int) -> Array:
-    """Return how many examples count, in float32."""
+def _counted(mask: Any, examples: int, sample: int | None = None) -> Array:
+    """Return how many examples count, of all or the first so many, in float32."""
     if mask is None:
-        return jnp.asarray(examples, jnp.float32)
+        return jnp.asarray(sample or examples, jnp.float32)
     if jnp.shape(mask) != (examples,) or not jnp.issubdtype(jnp.result_type(mask), bool):
         raise ValueError(
             f"mask must hold booleans of shape ({examples},), got {jnp.result_type(mask)} of shape "
             f"{jnp.shape(mask)}"
         )
-    return jnp.sum(mask, dtype=jnp.float32)
-
-
-def _share(sample: int | None, mask: Any, counted: Array, examples: int) -> Array:
-    """Return how many examples stand behind each one whose norm was taken."""
-    if sample is None or sample == examples:
-        return jnp.ones((), jnp.float32)
-    if mask is None:
-        return counted / sample
-    return counted / jnp.sum(mask[:sample], dtype=jnp.float32)
+    return jnp.sum(mask[:sample], dtype=jnp.float32)
 
 
 def _square(value: Value, leaf: Leaf, marks: Marks, sample: int | None) -> Array:

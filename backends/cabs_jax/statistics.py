@@ -17,6 +17,9 @@ from cabs import GradientStatistics
 from cabs_jax import norms
 from cabs_jax.errors import listed
 
+# Typed, so that it adds in strict promotion mode and is carried through a loop.
+_NONE = np.int32(0)
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
@@ -30,6 +33,8 @@ class PartialStatistics:
         examples: :math:`m`, integer, shape ().
         groups: :math:`K`, integer, shape ().
         group_square_sum: :math:`\sum_k m_k |g_k|^2`, shape ().
+        estimated: How many of the groups were not measured themselves but estimated from a sample,
+            integer, shape ().
 
     Example:
         Two microbatches of 2 and 4 examples, whose mean gradients are (3, 0) and (0, 3):
@@ -45,6 +50,7 @@ class PartialStatistics:
     examples: Any
     groups: Any
     group_square_sum: Any
+    estimated: Any = _NONE
 
     @classmethod
     def zero(cls, dtype: Any = jnp.float32) -> PartialStatistics:
@@ -53,14 +59,15 @@ class PartialStatistics:
         ``dtype`` is that of squared norms: float64 for gradients in float64, and float32 otherwise.
         """
         zero = jnp.zeros((), jnp.int32)
-        return cls(zero, zero, jnp.zeros((), dtype))
+        return cls(zero, zero, jnp.zeros((), dtype), zero)
 
     @classmethod
     def of_group(cls, examples: Any, gradients: Any) -> PartialStatistics:
         """Return the part of one group, from its size and its mean gradient, a pytree."""
         examples = jnp.asarray(examples, jnp.int32)
         square = square_of(gradients)
-        return cls(examples, jnp.ones((), jnp.int32), examples.astype(square.dtype) * square)
+        one, zero = jnp.ones((), jnp.int32), jnp.zeros((), jnp.int32)
+        return cls(examples, one, examples.astype(square.dtype) * square, zero)
 
     def __add__(self, other: PartialStatistics) -> PartialStatistics:
         if not isinstance(other, PartialStatistics):
@@ -75,7 +82,11 @@ class PartialStatistics:
         size.
         """
         return BatchStatistics(
-            self.examples, self.groups, self.group_square_sum, square_of(gradients)
+            self.examples,
+            self.groups,
+            self.group_square_sum,
+            square_of(gradients),
+            self.estimated,
         )
 
 
@@ -90,6 +101,7 @@ class BatchStatistics:
         group_square_sum: :math:`\sum_k m_k |g_k|^2`, with :math:`g_k` the mean gradient of a
             group.
         mean_square: :math:`|g|^2`, of the mean gradient over all examples.
+        estimated: How many of the groups were not measured themselves but estimated from a sample.
 
     See :class:`cabs.GradientStatistics` for what they tell.
 
@@ -107,11 +119,12 @@ class BatchStatistics:
     groups: Any
     group_square_sum: Any
     mean_square: Any
+    estimated: Any = _NONE
 
     @property
     def partial(self) -> PartialStatistics:
         """The part that can be added to that of other batches."""
-        return PartialStatistics(self.examples, self.groups, self.group_square_sum)
+        return PartialStatistics(self.examples, self.groups, self.group_square_sum, self.estimated)
 
     @property
     def variance_trace(self) -> Array:
@@ -130,10 +143,17 @@ class BatchStatistics:
         return square
 
     def read(self) -> GradientStatistics:
-        """Return the same as Python numbers, once they are there."""
+        """Return the same as Python numbers, once they are there.
+
+        Raises:
+            ValueError: If they are numbers that no gradients can have; see
+                :class:`cabs.GradientStatistics`.
+        """
         numbers = jax.device_get((self.group_square_sum, self.mean_square))
-        examples, groups = jax.device_get((self.examples, self.groups))
-        return GradientStatistics(int(examples), int(groups), *map(_plain, numbers))
+        examples, groups, estimated = map(
+            int, jax.device_get((self.examples, self.groups, self.estimated))
+        )
+        return GradientStatistics(examples, groups, *map(_plain, numbers), estimated)
 
 
 def _plain(array: Any) -> Any:
