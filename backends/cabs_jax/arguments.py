@@ -5,14 +5,15 @@ Guarantees: what cannot be a batch is an error that names the leaf by its path.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr
 
+from cabs_jax import meshes
 from cabs_jax.errors import listed
 from cabs_jax.program import Status
 
@@ -49,16 +50,32 @@ class Arguments:
             for is_parameter, axis in zip(self.is_parameter, self.axes, strict=True)
         ]
 
+    @property
+    def batched(self) -> list[tuple[Any, int]]:
+        """The leaves that hold examples, and along which axis."""
+        both = zip(self.leaves, self.axes, strict=True)
+        return [(leaf, axis) for leaf, axis in both if axis is not None]
+
+    @property
+    def varying(self) -> frozenset[str]:
+        """Over which axes of the mesh that ``shard_map`` is manual over leaves differ."""
+        return frozenset().union(*(meshes.varying_of(jax.typeof(leaf)) for leaf in self.leaves))
+
+    def with_leaves(self, leaves: Iterable[Any]) -> Arguments:
+        """Return the same arguments with other leaves."""
+        return replace(self, leaves=tuple(leaves))
+
+    def trees(self) -> tuple[Any, ...]:
+        """Return the arguments themselves."""
+        trees: tuple[Any, ...] = jax.tree.unflatten(self.treedef, self.leaves)
+        return trees
+
     def of_one(self) -> list[jax.ShapeDtypeStruct]:
         """Return shapes and types of the leaves, for one example."""
         found = []
         for leaf, axis in zip(self.leaves, self.axes, strict=True):
             aval = jax.typeof(leaf)
-            shape = list(aval.shape)
-            if axis is not None:
-                del shape[axis]
-            weak = getattr(aval, "weak_type", False)
-            found.append(jax.ShapeDtypeStruct(shape, aval.dtype, weak_type=weak))
+            found.append(meshes.resized(aval, [at for at in range(leaf.ndim) if at != axis]))
         return found
 
 

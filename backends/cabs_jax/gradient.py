@@ -7,14 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from cabs_jax import norms, penalties, together
+from cabs_jax import meshes, norms, penalties, together
 from cabs_jax.arguments import Arguments, positions_of, read_arguments, trace
+from cabs_jax.masks import filled
 from cabs_jax.measure import Marks, Measurement
 from cabs_jax.plan import Leaf, Mode, plan_leaf, uses_of
 from cabs_jax.program import Value, read
@@ -53,6 +55,10 @@ def value_and_grad(
         ``(loss, statistics), gradients``, or ``(loss, statistics, aux), gradients``, with
         a :class:`cabs_jax.BatchStatistics`, and ``aux`` stacked along a first axis. A single
         example shows no variance: its trace is ``nan``, and its ``partial`` is part of a whole.
+        Examples that a mask leaves out are computed as copies of the first one that counts, so that
+        nothing in them matters; in ``aux`` they are that one.
+        Inside ``shard_map`` all of it is this device's own, except that JAX adds up the gradients
+        of parameters that it knows to be the same on all devices; there ``partial`` is an error.
 
     Raises:
         TypeError: If the loss is not a real number of shape ().
@@ -82,8 +88,9 @@ def value_and_grad(
             found.examples.astype(jnp.int32),
             found.examples.astype(jnp.int32),
             total,
-            square_of(found.gradients),
+            found.mean_square,
             found.estimated.astype(jnp.int32),
+            found.summed,
         )
         if has_aux:
             return (found.loss, statistics, found.aux), gradients
@@ -100,6 +107,8 @@ class Result:
         loss: The mean loss.
         aux: What else the loss function gives.
         gradients: A tuple, one entry for each argument that is differentiated.
+        summed: Over which axes of a mesh JAX adds up gradients, as they are given here.
+        mean_square: The squared norm of the gradient, before that.
         squares: For each leaf of these, in order, the sum over examples of squared norms.
         leaves: What each of these is called, and how it was measured.
         examples: How many there are.
@@ -109,6 +118,8 @@ class Result:
     loss: Array
     aux: Any
     gradients: tuple[Any, ...]
+    summed: tuple[str, ...]
+    mean_square: Array
     squares: list[Array]
     leaves: dict[str, Leaf]
     examples: Array
@@ -131,7 +142,9 @@ def measure(
         raise ValueError(f"sample must be in [1, {examples}], got sample = {sample}")
     mask = None if mask is None else jnp.asarray(mask)
     counted = _counted(mask, examples)
-    closed, structure = trace(loss_fn, arguments, has_aux)
+    placed, closed, structure = _traced(loss_fn, arguments, has_aux)
+    own, arguments = arguments, placed
+    args = arguments.trees()
     scope = read(closed, arguments.statuses)
     terms = penalties.separate(scope)
     uses = uses_of(scope)
@@ -151,24 +164,20 @@ def measure(
             ]
             return measurement.run([*own, *closed.consts], marks.rebuilt(flat), anchor)
 
-        batched = [
-            (leaf, axis)
-            for leaf, axis in zip(given, arguments.axes, strict=True)
-            if axis is not None
-        ]
-        losses, *aux = jax.vmap(one, in_axes=([axis for _, axis in batched], 0, 0))(
-            [leaf for leaf, _ in batched], flat_marks, anchor
-        )
+        batched = arguments.with_leaves(given).batched
+        rows = [leaf if mask is None else filled(leaf, axis, mask) for leaf, axis in batched]
+        axes = [axis for _, axis in batched]
+        losses, *aux = jax.vmap(one, in_axes=(axes, 0, 0))(rows, flat_marks, anchor)
         if mask is None:
             return jnp.mean(losses), aux
         total = jnp.sum(jnp.where(mask, losses, jnp.zeros_like(losses)))
         return total / counted.astype(losses.dtype), aux
 
     marks = measurement.zeros()
-    anchor = _anchor(arguments)
+    anchor = meshes.varying(_anchor(arguments), arguments.varying)
+    (ahead,) = meshes.spec_of(jax.typeof(anchor))
     zeros = jax.tree.map(
-        lambda one: lax.broadcast_in_dim(anchor, (examples, *one.shape), (0,)).astype(one.dtype),
-        marks.flat(),
+        lambda one: meshes.broadcast(anchor, one, ahead).astype(one.dtype), marks.flat()
     )
     parameters = tuple(args[at] for at in argnums)
     (loss, aux), (gradients, flat_found) = jax.value_and_grad(
@@ -179,7 +188,7 @@ def measure(
     share = jnp.ones((), jnp.float32) if sample in (None, examples) else counted / sampled
     squares = {}
     for value, leaf in leaves.items():
-        square = _square(value, leaf, found, sample)
+        square = meshes.automatic(partial(_square, leaf, sample=sample), _marks(value, leaf, found))
         squares[value] = square * (counted**2 * share).astype(square.dtype)
     if terms:
         known = dict(zip(scope.inputs, [*arguments.leaves, *closed.consts], strict=True))
@@ -187,16 +196,60 @@ def measure(
         flat = jax.tree.leaves(_with(arguments, argnums, gradients, args))
         for value, gradient in zip(inputs, flat, strict=True):
             if value in leaves:
-                squares[value] = penalties.shifted(squares[value], counted, gradient, shifts[value])
+                shift = squares[value], counted, gradient, shifts[value]
+                squares[value] = meshes.automatic(penalties.shifted, *shift)
     return Result(
         loss,
         jax.tree.unflatten(structure, aux),
-        gradients,
+        _summed(gradients, own, argnums),
+        tuple(sorted(_axes_summed(own, arguments))),
+        square_of(gradients),
         [squares[value] for value in leaves],
         {names[value]: leaf for value, leaf in leaves.items()},
         counted,
         counted - sampled,
     )
+
+
+def _traced(
+    loss_fn: Callable[..., Any], arguments: Arguments, has_aux: bool
+) -> tuple[Arguments, Any, Any]:
+    """Return the loss as a program, and arguments whose parameters differ wherever the loss does.
+
+    Where ``shard_map`` checks what differs between devices, the gradient is then this device's own.
+    JAX adds up the gradients of parameters that are the same on all of them.
+    """
+    axes = arguments.varying
+    while True:
+        leaves = zip(arguments.leaves, arguments.is_parameter, strict=True)
+        placed = arguments.with_leaves(
+            meshes.varying(leaf, axes) if is_parameter else leaf for leaf, is_parameter in leaves
+        )
+        closed, structure = trace(loss_fn, placed, has_aux)
+        found = meshes.varying_of(closed.out_avals[0])
+        if found <= axes:
+            return placed, closed, structure
+        axes |= found
+
+
+def _axes_summed(own: Arguments, placed: Arguments) -> frozenset[str]:
+    """Return over which axes of a mesh some parameter was the same on all devices."""
+    found = frozenset[str]()
+    for before, after in zip(own.leaves, placed.leaves, strict=True):
+        found |= meshes.varying_of(jax.typeof(after)) - meshes.varying_of(jax.typeof(before))
+    return found
+
+
+def _summed(gradients: tuple[Any, ...], own: Arguments, argnums: Sequence[int]) -> Any:
+    """Return gradients as JAX gives them: those of what is the same on all devices are added up."""
+
+    def added(gradient: Array, leaf: Any) -> Array:
+        axes = meshes.varying_of(jax.typeof(gradient)) - meshes.varying_of(jax.typeof(leaf))
+        total: Array = lax.psum(gradient, tuple(sorted(axes))) if axes else gradient
+        return total
+
+    trees = own.trees()
+    return jax.tree.map(added, gradients, tuple(trees[at] for at in argnums))
 
 
 def _with(
@@ -216,11 +269,12 @@ def _with(
 
 def _anchor(arguments: Arguments) -> Array:
     """Return false for each example, shape (m,), on the devices that the examples are on."""
-    for leaf, axis in zip(arguments.leaves, arguments.axes, strict=True):
-        if axis is not None and jnp.issubdtype(leaf.dtype, jnp.number):
+    for leaf, axis in arguments.batched:
+        if jnp.issubdtype(leaf.dtype, jnp.number):
             rest = [at for at in range(leaf.ndim) if at != axis]
             return jnp.any(leaf != leaf, axis=rest) & False
-    return jnp.zeros(arguments.examples, bool)
+    leaf, axis = arguments.batched[0]
+    return meshes.broadcast(jnp.zeros((), bool), meshes.resized(jax.typeof(leaf), [axis]))
 
 
 def _counted(mask: Any, examples: int, sample: int | None = None) -> Array:
@@ -235,12 +289,18 @@ def _counted(mask: Any, examples: int, sample: int | None = None) -> Array:
     return jnp.sum(mask[:sample], dtype=jnp.float32)
 
 
-def _square(value: Value, leaf: Leaf, marks: Marks, sample: int | None) -> Array:
+def _marks(value: Value, leaf: Leaf, marks: Marks) -> Any:
+    """Return what came out of the backward pass for one parameter."""
+    if leaf.mode is Mode.FACTORS:
+        return [marks.factors[use.join] for use in leaf.uses]
+    return (marks.squares if leaf.mode is Mode.SQUARES else marks.gradients)[value]
+
+
+def _square(leaf: Leaf, marks: Any, sample: int | None) -> Array:
     """Return the sum over examples of squared norms of one parameter's gradients."""
     if leaf.mode is Mode.SQUARES:
-        return jnp.sum(marks.squares[value])
+        return jnp.sum(marks)
+    some = jax.tree.map(lambda array: array[:sample], marks)
     if leaf.mode is Mode.GRADIENTS:
-        return jnp.sum(norms.square(marks.gradients[value][:sample]))
-    pairs = [marks.factors[use.join] for use in leaf.uses]
-    some = jax.tree.map(lambda array: array[:sample], pairs)
+        return jnp.sum(norms.square(some))
     return jnp.sum(together.square(leaf.factors, some))

@@ -13,11 +13,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.custom_batching import custom_vmap
 
-from cabs_jax import norms
+from cabs_jax import meshes, norms
 from cabs_jax.derivative import Derivative, derivative
+from cabs_jax.each import factors_of_each, of_each
 from cabs_jax.errors import uncovered
+from cabs_jax.meshes import Explicit
 from cabs_jax.plan import Leaf, Mode, Site, site_of, uses_of
 from cabs_jax.program import (
     Atom,
@@ -120,7 +121,10 @@ Modes = Mapping[Value, Measured]
 
 
 def _like(value: Value) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(value.aval.shape, norms.wide_type(value.aval.dtype))
+    like: jax.ShapeDtypeStruct = meshes.shape_of(value.aval).update(
+        dtype=norms.wide_type(value.aval.dtype)
+    )
+    return like
 
 
 @dataclass(frozen=True)
@@ -154,7 +158,7 @@ class _Run:
         """Return a value such that JAX takes it to differ from example to example."""
         if not jnp.issubdtype(value.dtype, jnp.inexact):
             return value
-        anchor = lax.broadcast(self.anchor, value.shape)
+        anchor = meshes.broadcast(self.anchor, jax.typeof(value))
         return lax.select(anchor, lax.full_like(value, 0), value)
 
     def tap(
@@ -203,10 +207,12 @@ class _Run:
 
         def backward(kept: Sequence[Any], cotangents: Sequence[Any]) -> list[Any]:
             if mode is Mode.FACTORS:
-                return [tuple(rule.factors(kept, *cotangents))]
-            return self.squares(squares, kept, cotangents)
+                return [factors_of_each(rule, kept, *cotangents)]
+            return of_each(squares, kept, cotangents, self.measurement.sample)
 
-        def squares(kept: Sequence[Any], cotangents: Sequence[Any], batched: Any) -> list[Array]:
+        def squares(
+            kept: Sequence[Any], cotangents: Sequence[Any], batched: Any, _: Explicit
+        ) -> list[Array]:
             (cotangent,) = cotangents
             spread = [
                 array if is_batched else jnp.broadcast_to(array, (len(cotangent), *array.shape))
@@ -222,7 +228,9 @@ class _Run:
         modes = [mode for _, mode in measured]
         squared = [at for at, mode in measured if mode is Mode.SQUARES]
 
-        def squares(kept: Sequence[Any], cotangents: Sequence[Any], batched: Any) -> list[Array]:
+        def squares(
+            kept: Sequence[Any], cotangents: Sequence[Any], batched: Any, explicit: Explicit
+        ) -> list[Array]:
             arrays = [*kept, *cotangents]
             ahead = [at for at, is_batched in enumerate(jax.tree.leaves(batched)) if is_batched]
 
@@ -231,7 +239,8 @@ class _Run:
                 for at, part in zip(ahead, parts, strict=True):
                     given[at] = part
                 axes = [0 if at in ahead else None for at in range(len(given))]
-                pulled = jax.vmap(lambda given: found.pull(*given), in_axes=(axes,))(given)
+                pull = jax.vmap(lambda given: found.pull(*given), in_axes=(axes,))
+                pulled = explicit(pull, given)
                 return jnp.stack([norms.square(pulled[at]) for at in squared], axis=1)
 
             sums = norms.in_chunks(some, [arrays[at] for at in ahead], size)
@@ -239,7 +248,8 @@ class _Run:
 
         def backward(kept: Sequence[Any], cotangents: Sequence[Any]) -> list[Any]:
             pulled = found.pull(*kept, *cotangents) if Mode.GRADIENTS in modes else ()
-            summed = iter(self.squares(squares, kept, cotangents) if squared else ())
+            sample = self.measurement.sample
+            summed = iter(of_each(squares, kept, cotangents, sample) if squared else ())
             return [next(summed) if mode is Mode.SQUARES else pulled[at] for at, mode in measured]
 
         return backward
@@ -254,38 +264,6 @@ class _Run:
             names = [self.measurement.names[leaf] for some in leaves for leaf in some]
             raise uncovered(names, join.name, error) from error
 
-    def squares(
-        self,
-        function: Callable[..., list[Array]],
-        kept: Sequence[Any],
-        cotangents: Sequence[Any],
-    ) -> list[Array]:
-        """Return what a function of some examples finds for each of those that are sampled.
-
-        It is called with all of them at once, the examples in front, and with what has them in
-        front: what all of them share has not. Others get zero.
-        """
-        sample = self.measurement.sample
-
-        @custom_vmap
-        def one(kept: Any, cotangents: Any) -> Any:
-            ahead = jax.tree.map(lambda array: array[None], (kept, cotangents))
-            found = function(*ahead, jax.tree.map(lambda _: True, ahead))
-            return tuple(array[0] for array in found)
-
-        @one.def_vmap
-        def many(examples: int, batched: Any, kept: Any, cotangents: Any) -> Any:
-            taken = jax.tree.map(
-                lambda is_batched, array: array[:sample] if is_batched else array,
-                tuple(batched),
-                (kept, cotangents),
-            )
-            found = function(*taken, tuple(batched))
-            padded = tuple(jnp.pad(array, (0, examples - len(array))) for array in found)
-            return padded, tuple(True for _ in padded)
-
-        return list(one(tuple(kept), tuple(cotangents)))
-
     def pull(self, operand: Any, known: Mapping[Value, Any], modes: Modes, marks: Marks) -> Any:
         """Return zeros like a value made of parameters, whose cotangent is passed on to them."""
         roots, makers = roots_of([operand])
@@ -298,7 +276,8 @@ class _Run:
         kept = tuple(known_value(atoms[at], known) for at in found.kept)
         slots = [marks.gradients[root] for root in roots]
         measured = [(at, Mode.GRADIENTS) for at in range(len(roots))]
-        zeros = self.spread(jnp.zeros(_like(operand).shape, _like(operand).dtype))
+        like = _like(operand)
+        zeros = self.spread(meshes.broadcast(jnp.zeros((), like.dtype), like))
         backward = self.by_derivative(found, measured, operand.aval.size)
 
         def narrowed(kept: Sequence[Any], cotangents: Sequence[Any]) -> list[Any]:
@@ -436,8 +415,7 @@ def _derivative(join: Operation, site: Site) -> tuple[Derivative, list[Atom]]:
 
 
 def _shape(value: Value) -> jax.ShapeDtypeStruct:
-    weak = getattr(value.aval, "weak_type", False)
-    return jax.ShapeDtypeStruct(value.aval.shape, value.aval.dtype, weak_type=weak)
+    return meshes.shape_of(value.aval)
 
 
 def _tap(

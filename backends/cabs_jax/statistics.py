@@ -5,7 +5,8 @@ Guarantees: nothing waits for a device until :meth:`BatchStatistics.read`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -14,8 +15,15 @@ import numpy as np
 from jax import Array
 
 from cabs import GradientStatistics
-from cabs_jax import norms
+from cabs_jax import meshes, norms
 from cabs_jax.errors import listed
+
+# How a device gets a gradient of its own.
+_OWN = (
+    "Let parameters differ before the gradient is taken, with jax.lax.pcast(parameters, axis_name, "
+    'to="varying") (jax.lax.pvary in older releases), or give shard_map check_vma=False; then '
+    "take jax.lax.pmean of the gradients"
+)
 
 # Typed, so that it adds in strict promotion mode and is carried through a loop.
 _NONE = np.int32(0)
@@ -62,8 +70,22 @@ class PartialStatistics:
         return cls(zero, zero, jnp.zeros((), dtype), zero)
 
     @classmethod
-    def of_group(cls, examples: Any, gradients: Any) -> PartialStatistics:
-        """Return the part of one group, from its size and its mean gradient, a pytree."""
+    def of_group(
+        cls, examples: Any, gradients: Any, axis_name: str | Sequence[str] | None = None
+    ) -> PartialStatistics:
+        """Return the part of one group, from its size and its mean gradient, a pytree.
+
+        Args:
+            examples: The size of the group.
+            gradients: The mean over its examples.
+            axis_name: Inside ``shard_map``, over which axes of the mesh devices have groups of
+                their own; ``()`` if they all have this one. By default, all that it is manual over.
+
+        Raises:
+            ValueError: If there is no gradient, or one that is the same all along such an axis,
+                where JAX has added up what devices have.
+        """
+        _check_own(gradients, axis_name)
         examples = jnp.asarray(examples, jnp.int32)
         square = square_of(gradients)
         one, zero = jnp.ones((), jnp.int32), jnp.zeros((), jnp.int32)
@@ -80,7 +102,12 @@ class PartialStatistics:
 
         The gradient is the mean over all examples, never a mean of means of groups that differ in
         size.
+
+        Raises:
+            ValueError: If there is no gradient; or, inside ``shard_map`` that checks it, if one of
+                the two is this device's own and the other is not.
         """
+        _check_together(self.group_square_sum, gradients)
         return BatchStatistics(
             self.examples,
             self.groups,
@@ -102,6 +129,9 @@ class BatchStatistics:
             group.
         mean_square: :math:`|g|^2`, of the mean gradient over all examples.
         estimated: How many of the groups were not measured themselves but estimated from a sample.
+        summed: Over which axes of a mesh the gradients that came with the statistics are added up
+            already, because ``shard_map`` knows that parameters are the same all along them. The
+            statistics are those of this device's own examples, and of the gradient before that.
 
     See :class:`cabs.GradientStatistics` for what they tell.
 
@@ -120,10 +150,21 @@ class BatchStatistics:
     group_square_sum: Any
     mean_square: Any
     estimated: Any = _NONE
+    summed: tuple[str, ...] = field(default=(), metadata={"static": True})
 
     @property
     def partial(self) -> PartialStatistics:
-        """The part that can be added to that of other batches."""
+        """The part that can be added to that of other batches.
+
+        Raises:
+            ValueError: If the gradients that belong to it are added up over devices already.
+        """
+        if self.summed:
+            raise ValueError(
+                "gradients must be a device's own for its part of the statistics, but those of "
+                "parameters that are the same all along axes of the mesh were added up over "
+                f"{listed([*map(repr, self.summed)])} by JAX, and are no mean. {_OWN}"
+            )
         return PartialStatistics(self.examples, self.groups, self.group_square_sum, self.estimated)
 
     @property
@@ -150,10 +191,48 @@ class BatchStatistics:
                 :class:`cabs.GradientStatistics`.
         """
         numbers = jax.device_get((self.group_square_sum, self.mean_square))
+        square_sum, mean_square = map(_plain, numbers)
         examples, groups, estimated = map(
             int, jax.device_get((self.examples, self.groups, self.estimated))
         )
-        return GradientStatistics(examples, groups, *map(_plain, numbers), estimated)
+        return GradientStatistics(examples, groups, square_sum, mean_square, estimated)
+
+
+def _check_own(gradients: Any, axis_name: str | Sequence[str] | None) -> None:
+    """Raise an error for gradients that are not a device's own."""
+    axes = meshes.checked_axes()
+    if axis_name is not None:
+        axes &= {axis_name} if isinstance(axis_name, str) else {*axis_name}
+    found, _ = jax.tree_util.tree_flatten_with_path(gradients)
+    missing = {
+        jax.tree_util.keystr(path) or "the gradient": axes - meshes.varying_of(jax.typeof(leaf))
+        for path, leaf in found
+        if _is_real(jnp.asarray(leaf))
+    }
+    names = [name for name, some in missing.items() if some]
+    if names:
+        over = listed([*map(repr, sorted(frozenset().union(*missing.values())))])
+        raise ValueError(
+            f"gradients must be the mean over this device's own group, got some that are the same "
+            f"on all devices along {over}: where parameters are, JAX has added up what the devices "
+            f"have. That is so for {listed(names)}. {_OWN}; if all devices share the group, give "
+            "axis_name=()"
+        )
+
+
+def _check_together(square: Any, gradients: Any) -> None:
+    """Raise ValueError for a part and a gradient that are not over the same devices."""
+    axes = meshes.checked_axes()
+    part = meshes.varying_of(jax.typeof(square)) & axes
+    leaves = [leaf for leaf in jax.tree.leaves(gradients) if _is_real(jnp.asarray(leaf))]
+    mean = frozenset().union(*(meshes.varying_of(jax.typeof(leaf)) for leaf in leaves)) & axes
+    if part != mean:
+        over = listed([*map(repr, sorted(part ^ mean))])
+        raise ValueError(
+            "a part and its gradient must be over the same devices, got one of the two that is "
+            f"this device's own and one that is the same all along {over}; sum the part with "
+            "jax.lax.psum, and take jax.lax.pmean of the gradients"
+        )
 
 
 def _plain(array: Any) -> Any:
@@ -163,15 +242,20 @@ def _plain(array: Any) -> Any:
 def square_of(tree: Any) -> Array:
     """Return the sum of squares of all elements of a pytree of arrays, shape ()."""
     leaves = [jnp.asarray(leaf) for leaf in jax.tree.leaves(tree)]
-    squares = [norms.square(leaf[None])[0] for leaf in leaves if _is_real(leaf)]
-    if not squares:
+    real = [leaf for leaf in leaves if _is_real(leaf)]
+    if not real:
         held = listed([f"{leaf.dtype}{list(leaf.shape)}" for leaf in leaves]) or "no array"
         raise ValueError(
             f"gradients must hold arrays of real numbers, got {held}; give the mean gradient "
             "of the examples, a pytree"
         )
-    total: Array = sum(squares[1:], start=squares[0])
+    total: Array = meshes.automatic(_square_sum, real)
     return total
+
+
+def _square_sum(leaves: Sequence[Array]) -> Array:
+    squares = [norms.square(leaf[None])[0] for leaf in leaves]
+    return sum(squares[1:], start=squares[0])
 
 
 def _is_real(leaf: Array) -> bool:

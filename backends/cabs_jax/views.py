@@ -115,8 +115,10 @@ _UNCHANGED = {
     "convert_element_type",
     "copy",
     "copy_p",
+    "mesh_cast",
     "optimization_barrier",
     "reduce_precision",
+    "reshard",
     "sharding_constraint",
 }
 

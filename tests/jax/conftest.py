@@ -1,9 +1,9 @@
-"""Every test runs in strict promotion mode, on two devices."""
+"""Every test runs in strict promotion mode, on four devices."""
 
 import os
 
 # Read when the first array is made.
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
 
 import jax
 import pytest

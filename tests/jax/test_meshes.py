@@ -1,0 +1,180 @@
+"""Batches and parameters on meshes of devices, against a loop over the examples and plain JAX."""
+
+from contextlib import nullcontext
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import cabs_jax
+from tests.jax.reference import assert_same, draw, gradients_one_by_one, mean_loss
+
+AUTO, EXPLICIT = AxisType.Auto, AxisType.Explicit
+# Older releases have no gradient of a product over a batch that is sharded by an Explicit axis.
+IS_OLD = jax.__version_info__ < (0, 9)
+
+
+def network(parameters, example):
+    """Use jitted functions, a product of matrices, rows, and a matrix that is used twice."""
+    hidden = jax.nn.relu(example["x"] @ parameters["in"] + parameters["bias"])
+    hidden = jnp.tanh(hidden @ parameters["twice"]) @ parameters["twice"]
+    scores = jax.nn.log_softmax(hidden @ parameters["out"])
+    return -jnp.sum(scores * example["y"])
+
+
+def loop(parameters, example):
+    """Use a layer in each iteration of a loop, one of them in all, and a checkpoint."""
+
+    @jax.checkpoint
+    def layer(hidden, weight):
+        hidden = jax.nn.relu(hidden @ weight + parameters["bias"])
+        return jnp.tanh(hidden @ parameters["twice"]), None
+
+    hidden, _ = jax.lax.scan(layer, example["x"] @ parameters["in"], parameters["layers"])
+    return jnp.sum(hidden @ parameters["out"] * example["y"]) + 0.1 * jnp.sum(parameters["in"] ** 2)
+
+
+def sequence(parameters, example):
+    """Use rows of a batch of sequences, a table of which a row is sharded, and random numbers."""
+    rows = jnp.stack([example["x"], 2.0 * example["x"], jnp.sin(example["x"])])
+    hidden = jax.nn.silu(rows @ parameters["in"] * parameters["bias"])
+    noise = jax.random.normal(example["key"], (8,))
+    hidden = jnp.concatenate([hidden, hidden**2], axis=0) @ parameters["twice"] + noise
+    return jnp.sum(jnp.tanh(hidden @ parameters["out"]) @ example["y"])
+
+
+LOSSES = {one.__name__: one for one in (network, loop, sequence)}
+PARAMETERS = {
+    "in": draw(0, 4, 8),
+    "bias": draw(1, 8),
+    "twice": 0.4 * draw(2, 8, 8),
+    "layers": 0.4 * draw(3, 3, 8, 8),
+    "out": draw(4, 8, 4),
+}
+BATCH = {
+    "x": draw(5, 16, 4),
+    "y": draw(6, 16, 4),
+    "key": jax.random.split(jax.random.key(0), 16),
+}
+# Sharded by the axis that shards no example.
+MODEL = {
+    "in": P(None, "model"),
+    "bias": P("model"),
+    "twice": P(None, "model"),
+    "layers": P(None, "model", None),
+    "out": P(None, None),
+}
+
+
+def mesh_of(kinds):
+    return jax.make_mesh((2, 2), ("data", "model"), axis_types=kinds)
+
+
+def placed(mesh, tree, spec):
+    specs = spec if isinstance(spec, dict) else dict.fromkeys(tree, spec)
+    return {
+        name: jax.device_put(leaf, NamedSharding(mesh, specs[name])) for name, leaf in tree.items()
+    }
+
+
+def context(mesh, is_set):
+    return jax.set_mesh(mesh) if is_set else nullcontext()
+
+
+def assert_exact(found, loss_fn, examples=slice(None), sampled=None):
+    """Assert that loss, gradients and statistics are those of a loop over some examples."""
+    (loss, statistics, *_), gradients = found
+    batch = jax.tree.map(lambda leaf: leaf[examples], BATCH)
+    rows = gradients_one_by_one(loss_fn, PARAMETERS, batch)
+    expected, plain = jax.value_and_grad(mean_loss(loss_fn))(PARAMETERS, batch)
+    assert_same(jax.device_get((loss, gradients)), jax.device_get((expected, plain)), ulps=512)
+    read = statistics.read()
+    assert (read.examples, read.groups) == (len(rows), len(rows))
+    taken = rows if sampled is None else rows[:sampled]
+    scale = len(rows) / len(taken)
+    assert read.group_square_sum == pytest.approx(scale * (taken**2).sum(), rel=5e-5)
+    assert read.mean_square == pytest.approx((rows.mean(axis=0) ** 2).sum(), rel=1e-4)
+
+
+@pytest.mark.skipif(IS_OLD, reason="JAX has no such gradient")
+@pytest.mark.parametrize("is_set", [False, True])
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("kinds", [(EXPLICIT, EXPLICIT), (EXPLICIT, AUTO)])
+def test_a_batch_sharded_by_an_explicit_axis_is_exact_as_in_jax(kinds, name, is_set):
+    mesh, loss_fn = mesh_of(kinds), LOSSES[name]
+    parameters, batch = placed(mesh, PARAMETERS, P()), placed(mesh, BATCH, P("data"))
+    with context(mesh, is_set):
+        plain = jax.jit(jax.value_and_grad(mean_loss(loss_fn)))(parameters, batch)
+        measured = cabs_jax.value_and_grad(loss_fn)
+        found = jax.jit(measured)(parameters, batch)
+    assert_exact(found, loss_fn)
+    for one, other in zip(jax.tree.leaves(found[1]), jax.tree.leaves(plain[1]), strict=True):
+        assert jax.typeof(one) == jax.typeof(other)
+
+
+@pytest.mark.skipif(IS_OLD, reason="JAX has no such gradient")
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_batch_sharded_by_an_explicit_axis_is_exact_without_jit(name):
+    mesh, loss_fn = mesh_of((EXPLICIT, EXPLICIT)), LOSSES[name]
+    parameters, batch = placed(mesh, PARAMETERS, P()), placed(mesh, BATCH, P("data"))
+    with jax.set_mesh(mesh):
+        assert_exact(cabs_jax.value_and_grad(loss_fn)(parameters, batch), loss_fn)
+
+
+@pytest.mark.skipif(IS_OLD, reason="JAX has no such gradient")
+def test_a_batch_on_a_mesh_as_jax_makes_it_is_exact():
+    mesh = jax.make_mesh((4,), ("data",))
+    with jax.set_mesh(mesh):
+        parameters, batch = placed(mesh, PARAMETERS, P()), placed(mesh, BATCH, P("data"))
+        assert_exact(jax.jit(cabs_jax.value_and_grad(network))(parameters, batch), network)
+
+
+@pytest.mark.parametrize("is_set", [False, True])
+@pytest.mark.parametrize("kinds", [(AUTO, AUTO), (AUTO, EXPLICIT)])
+def test_a_batch_sharded_by_an_axis_that_is_not_explicit_is_exact(kinds, is_set):
+    mesh = mesh_of(kinds)
+    # JAX allows an Explicit axis to shard nothing of a batch that another one shards.
+    parameters, batch = placed(mesh, PARAMETERS, P()), placed(mesh, BATCH, P("data"))
+    for name, loss_fn in LOSSES.items():
+        if (name, kinds[1]) == ("sequence", EXPLICIT) and not is_set:
+            continue
+        with context(mesh, is_set):
+            assert_exact(jax.jit(cabs_jax.value_and_grad(loss_fn))(parameters, batch), loss_fn)
+
+
+SOME = jnp.arange(16) % 3 > 0
+
+
+@pytest.mark.skipif(IS_OLD, reason="JAX has no such gradient")
+@pytest.mark.parametrize("kinds", [(EXPLICIT, EXPLICIT), (AUTO, AUTO)])
+def test_masks_samples_and_what_else_is_returned_are_those_of_a_sharded_batch(kinds):
+    mesh = mesh_of(kinds)
+
+    def with_aux(parameters, example):
+        return network(parameters, example), example["x"]
+
+    with jax.set_mesh(mesh):
+        parameters, batch = placed(mesh, PARAMETERS, P()), placed(mesh, BATCH, P("data"))
+        mask = jax.device_put(SOME, NamedSharding(mesh, P("data")))
+        for loss_fn in (network, sequence):
+            masked = jax.jit(cabs_jax.value_and_grad(loss_fn))(parameters, batch, mask=mask)
+            assert_exact(masked, loss_fn, examples=SOME)
+        sampled = jax.jit(cabs_jax.value_and_grad(network, sample=8))(parameters, batch)
+        assert_exact(sampled, network, sampled=8)
+        with_more = jax.jit(cabs_jax.value_and_grad(with_aux, has_aux=True))(parameters, batch)
+        assert_exact(with_more, network)
+        assert with_more[0][2].shape == (16, 4)
+
+
+@pytest.mark.skipif(IS_OLD, reason="JAX has no such gradient")
+@pytest.mark.parametrize("name", ["network", "loop"])
+@pytest.mark.parametrize("kinds", [(EXPLICIT, AUTO), (AUTO, AUTO)])
+def test_parameters_that_are_sharded_are_measured_whole(kinds, name):
+    mesh, loss_fn = mesh_of(kinds), LOSSES[name]
+    batch = placed(mesh, BATCH, P("data"))
+    with jax.set_mesh(mesh):
+        # By the axis that shards no example, and is not Explicit.
+        parameters = placed(mesh, PARAMETERS, MODEL)
+        assert_exact(jax.jit(cabs_jax.value_and_grad(loss_fn))(parameters, batch), loss_fn)
