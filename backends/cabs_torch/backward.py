@@ -144,7 +144,8 @@ def backward(
         hooks.callback(see.remove)
         measurement = hooks.enter_context(Measurement(walk, measured_examples, chunk))
         if batch_size is not None:
-            hooks.enter_context(unreduced(leaf.variable for leaf in walk.leaves.values()))
+            watched = [*walk.leaves.values(), *walk.hidden.values()]
+            hooks.enter_context(unreduced(leaf.variable for leaf in watched))
         loss = losses.mean() if batch_size is None else losses.sum() / batch_size
         loss = loss if scaler is None else scaler.scale(loss)
         loss.backward()

@@ -76,13 +76,16 @@ def broadcast(node: Node, layout: Layout, shape: Shape) -> Layout | None:  # noq
     return layout.moved(shape, aligned)
 
 
-def _repeat(node: Node, layout: Layout, shape: Shape) -> Layout | None:
+def _repeat(node: Node, layout: Layout, shape: Shape) -> Layout | None:  # noqa: ARG001
     axis, inside = layout.axis()
     aligned = axis - (len(layout.shape) - len(shape))
-    times = node._saved_repeats[axis]
-    if times == 1:
-        return layout.moved(shape, aligned)
-    if inside > 1 or times % layout.examples:
+    size = shape[aligned] if aligned >= 0 else 1
+    batch = layout.shape[axis] // inside
+    if size % batch == 0:
+        # Whole batches were repeated.
+        outer = math.prod(shape[:aligned]) * (size // batch)
+        return Layout(shape, outer, layout.examples)
+    if batch // layout.examples % size:
         raise MixedError("repeats the axis that holds the examples")
     return None
 

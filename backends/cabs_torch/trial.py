@@ -94,9 +94,12 @@ def positions(node: Node, output: int, layout: Layout, index: int) -> Layout | N
         if gradient is not None:
             if is_distributed(gradient):
                 raise MixedError("computes a DTensor, of which this rank may hold a part")
-            reached = {outer: _reached(gradient, outer, layout.examples) for outer in found}
-            found = [outer for outer, examples in reached.items() if examples <= set(members)]
-            is_zero = is_zero and not any(reached.values())
+            is_zero = is_zero and not bool(gradient.any())
+            found = [
+                outer
+                for outer in found
+                if _reached(gradient, outer, layout.examples) <= set(members)
+            ]
     if is_zero:
         return None
     if not found:

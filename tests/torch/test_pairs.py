@@ -76,6 +76,23 @@ def test_triplets_and_pairs_that_lie_side_by_side_are_exact():
     )
 
 
+def test_a_row_that_is_repeated_for_both_sides_of_pairs_is_a_parameter():
+    class Tokens(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.token, self.layer = nn.Parameter(torch.randn(1, 4)), nn.Linear(4, 3)
+
+        def forward(self, inputs):
+            m = len(inputs)
+            hidden = self.layer(inputs).repeat(2, 1)  # the batch itself, twice
+            both = self.layer(torch.cat([inputs, inputs.sin()]) * self.token.repeat(2 * m, 1))
+            both = both + hidden.square()
+            return both[:m] * both[m:]
+
+    torch.manual_seed(0)
+    assert_exact(Tokens().double(), losses_of, torch.randn(5, 4).double(), torch.randn(5).double())
+
+
 def test_an_input_without_a_graph_beside_another_leaves_no_doubt():
     class Against(nn.Module):
         def __init__(self):

@@ -9,6 +9,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate, distribute_module, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 import cabs_torch
 from tests.processes import joined
@@ -120,6 +121,48 @@ def gradients_that_somebody_reduces_give_no_statistics_of_microbatches():
             cabs_torch.backward(losses, batch_size=2 * EACH, process_group=False)
 
 
+def reductions_are_noticed_in_tables_and_in_reentrant_checkpoints():
+    torch.manual_seed(0)
+    factors = nn.ModuleList([nn.Embedding(100_000, 4), nn.Embedding(100_000, 4)]).double()
+    torch.manual_seed(dist.get_rank())
+    ids = torch.randint(100_000, (2, EACH))
+
+    class Factors(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.both = factors
+
+        def forward(self, one, two):
+            return (self.both[0](one) * self.both[1](two)).sum(dim=1)
+
+    class Inside(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = network()
+
+        def forward(self, inputs):
+            return checkpoint(self.inner, inputs.clone().requires_grad_(), use_reentrant=True)
+
+    inputs, targets = share()
+    # Held, since nothing is reduced for a wrapper that is gone.
+    inside, tables = DistributedDataParallel(Inside()), DistributedDataParallel(Factors())
+    for losses, options in (
+        (tables(*ids).square(), {}),
+        (cross_entropy(inside(inputs), targets), {"groups": [list(inside.parameters())]}),
+    ):
+        with pytest.raises(RuntimeError, match="something reduces gradients over ranks"):
+            cabs_torch.backward(losses, batch_size=2 * EACH, process_group=False, **options)
+
+
+def gradients_that_overflow_are_no_reduction():
+    inputs, targets = share()
+    inputs[0, 0] = torch.inf
+    model = network()
+    losses = cross_entropy(model(inputs), targets)
+    statistics = cabs_torch.backward(losses, batch_size=2 * EACH, process_group=False)
+    assert not bool(statistics.group_square_sum.isfinite())
+
+
 def microbatches_without_a_reduction_are_this_ranks_groups():
     inputs, targets = share()
     rows = own_rows()
@@ -195,6 +238,8 @@ CLAIMS = (
     numbers_without_a_word_about_ranks_are_errors,
     backward_measures_this_ranks_own_examples_under_every_wrapper,
     gradients_that_somebody_reduces_give_no_statistics_of_microbatches,
+    reductions_are_noticed_in_tables_and_in_reentrant_checkpoints,
+    gradients_that_overflow_are_no_reduction,
     microbatches_without_a_reduction_are_this_ranks_groups,
     sharded_parameters_are_errors_and_no_zeros,
     distributed_tensors_are_errors,
