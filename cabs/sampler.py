@@ -19,6 +19,10 @@ import numpy.typing as npt
 from cabs.epochs import EpochSampler, HasBatchSize
 from cabs.scalars import as_bool, as_integer
 
+# Of how many epochs the length is kept: as many as a loader keeps batches, whose states may be
+# wanted.
+_EPOCHS = 64
+
 
 class BatchSampler(EpochSampler[npt.NDArray[np.int64]]):
     """Draws batches of example indices, each of the size that the controller then asks for.
@@ -80,7 +84,7 @@ class BatchSampler(EpochSampler[npt.NDArray[np.int64]]):
         super().__init__(batch_size, drop_last=drop_last, rank=rank, world_size=world_size)
         self._count = examples if callable(examples) else None
         self._now = self._counted() if callable(examples) else as_integer(examples, "examples", 1)
-        # Of the running epoch and of the one before, where the number changes.
+        # Of the running epoch and of those before it, where the number changes.
         self._lengths: dict[int, int] = {}
         self.shuffle = as_bool(shuffle, "shuffle")
         self.seed = as_integer(seed, "seed", 0)
@@ -102,9 +106,9 @@ class BatchSampler(EpochSampler[npt.NDArray[np.int64]]):
         if self._count is None or (self._position > 0 and before is not None):
             return False
         now = self._now = self._counted()
-        # A state may be wanted of the last batch of the epoch before.
-        last = self._lengths.get(self._epoch - 1, now)
-        self._lengths = {self._epoch - 1: last, self._epoch: now}
+        lengths = {self._epoch - 1: now, **self._lengths, self._epoch: now}
+        first = self._epoch - _EPOCHS
+        self._lengths = {epoch: length for epoch, length in lengths.items() if epoch >= first}
         return before not in (None, now)
 
     def _counted(self) -> int:

@@ -102,6 +102,11 @@ def positions(node: Node, output: int, layout: Layout, index: int) -> Layout | N
             ]
     if is_zero:
         return None
+    if not found and not _outers(shape, layout.examples):
+        raise MixedError(
+            f"has no rule, and passes a gradient to an input of shape {shape}, in which "
+            f"{layout.examples} examples have no place"
+        )
     if not found:
         raise MixedError(
             "mixes examples, or picks or reorders them: the gradient of some reaches others"

@@ -16,9 +16,10 @@ from torch import Tensor
 from cabs import Checked, Verification
 from cabs_torch.backward import check_losses
 from cabs_torch.errors import names
-from cabs_torch.graph import Walk
+from cabs_torch.graph import Walk, leaves_behind
 from cabs_torch.layout import Layout
 from cabs_torch.measure import Measurement
+from cabs_torch.nodes import is_leaf
 
 
 def verify(losses_of: Callable[[Any], Tensor], batch: Any) -> Verification:
@@ -67,7 +68,10 @@ def verify(losses_of: Callable[[Any], Tensor], batch: Any) -> Verification:
         )
     walk = Walk([(losses, Layout((examples,), 1, examples))], strict=False)
     covered = {**walk.leaves, **walk.hidden}
-    parameters = {key: leaf.variable for key, leaf in {**covered, **walk.refused}.items()}
+    # Whatever is behind the losses: what the walk did not reach must have no gradient.
+    behind = {id(leaf.variable): leaf for leaf in leaves_behind(losses.grad_fn) if is_leaf(leaf)}
+    known_leaves = {**behind, **covered, **walk.refused}
+    parameters = {key: leaf.variable for key, leaf in known_leaves.items()}
     held = {key: parameter.grad for key, parameter in parameters.items()}
     try:
         for parameter in parameters.values():
@@ -94,11 +98,11 @@ def verify(losses_of: Callable[[Any], Tensor], batch: Any) -> Verification:
     rows, known = [], names()
     for key, parameter in parameters.items():
         name = known[key][0] if key in known else str(tuple(parameter.shape))
-        if key in covered:
-            error = _relative(squares.get(key, 0.0), expected[key])
-            rows.append(Checked(name, rules[key], error))
-        else:
+        if key in walk.refused:
             rows.append(Checked(name, walk.problems[key], math.nan))
+        else:
+            error = _relative(squares.get(key, 0.0), expected[key])
+            rows.append(Checked(name, rules.get(key, "no gradient passes"), error))
     return Verification(tuple(sorted(rows, key=lambda row: row.name)))
 
 

@@ -171,6 +171,23 @@ def test_a_state_that_is_refused_leaves_the_epoch_its_length():
     assert sorted(drawn) == list(range(20))
 
 
+def test_a_state_after_a_batch_of_an_earlier_epoch_is_of_the_length_that_it_had():
+    data = Data(20)
+    batches, taken = Loader(list, BatchSampler(data, 4)), []
+    for _ in range(3):
+        taken += [(batches.batch, drawn) for drawn in batches]
+        data.length += 4
+    third, _ = taken[2]
+    state = batches.state_dict(after=third)
+    assert (state["sampler"]["examples"], state["sampler"]["position"]) == (20, 12)
+    with pytest.raises(ValueError, match="examples = 20 there"):
+        Loader(list, BatchSampler(data, 4)).load_state_dict(state)
+    data.length = 20
+    resumed = Loader(list, BatchSampler(data, 4))
+    resumed.load_state_dict(state)
+    assert list(resumed) == [drawn for batch, drawn in taken if batch.epoch == 0][3:]
+
+
 def test_a_number_is_a_number_for_good():
     state = Loader(list, BatchSampler(10, 4)).state_dict()
     with pytest.raises(ValueError, match="examples = 10 there and 12 here"):

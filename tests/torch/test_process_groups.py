@@ -123,7 +123,9 @@ def gradients_that_somebody_reduces_give_no_statistics_of_microbatches():
 
 def reductions_are_noticed_in_tables_and_in_reentrant_checkpoints():
     torch.manual_seed(0)
-    factors = nn.ModuleList([nn.Embedding(100_000, 4), nn.Embedding(100_000, 4)]).double()
+    factors = nn.ModuleList(
+        [nn.Embedding(100_000, 4, sparse=is_sparse) for is_sparse in (True, False)]
+    ).double()
     torch.manual_seed(dist.get_rank())
     ids = torch.randint(100_000, (2, EACH))
 
@@ -143,11 +145,22 @@ def reductions_are_noticed_in_tables_and_in_reentrant_checkpoints():
         def forward(self, inputs):
             return checkpoint(self.inner, inputs.clone().requires_grad_(), use_reentrant=True)
 
+    class Classes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.matrix = nn.Parameter(torch.randn(1024, 10).double())
+
+        def forward(self, inputs):
+            return inputs @ self.matrix
+
     inputs, targets = share()
+    # A row of the matrix has gradients that are 0 in the sum over the classes.
+    classes, pixels = DistributedDataParallel(Classes()), torch.randn(EACH, 1024).double()
     # Held, since nothing is reduced for a wrapper that is gone.
     inside, tables = DistributedDataParallel(Inside()), DistributedDataParallel(Factors())
     for losses, options in (
         (tables(*ids).square(), {}),
+        (cross_entropy(classes(pixels), targets), {}),
         (cross_entropy(inside(inputs), targets), {"groups": [list(inside.parameters())]}),
     ):
         with pytest.raises(RuntimeError, match="something reduces gradients over ranks"):

@@ -53,6 +53,19 @@ THROUGH = {
 }
 
 
+def test_verify_shows_a_parameter_whose_gradient_is_not_measured(monkeypatch):
+    torch.manual_seed(0)
+    layer, weight = nn.Linear(WIDTH, WIDTH), nn.Parameter(torch.randn(WIDTH))
+    # What a fault of the library would do: say that nothing passes to the weight.
+    monkeypatch.setattr("cabs_torch.graph.positions", lambda *_: None)
+
+    def losses_of(inputs):
+        return Scaled.apply(layer(inputs), weight.exp()).square().sum(dim=1)
+
+    found = {row.name: row for row in cabs_torch.verify(losses_of, torch.randn(M, WIDTH)).rows}
+    assert found[str((WIDTH,))].error == 1.0
+
+
 @pytest.mark.parametrize("name", THROUGH)
 def test_what_has_no_rule_is_exact_or_refused_before_any_gradient(name):
     torch.manual_seed(0)
