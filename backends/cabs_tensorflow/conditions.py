@@ -7,6 +7,7 @@ that a step has found, so that there is an error before anything of the model ha
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterable
 from typing import Any
 
 import keras
@@ -99,3 +100,40 @@ def _check_reductions(model: Any) -> None:
                 f"reduction={loss.reduction!r}; a mean over microbatches is no such loss of the "
                 "batch"
             )
+
+
+def check_masks(shares: Iterable[Any]) -> None:
+    """Raise ValueError for masks that do not follow from the batch alone, while it is traced.
+
+    Those of variables or random numbers can be others in each microbatch.
+    """
+    waiting = [one.op for one in shares]
+    seen = set(waiting)
+    while waiting:
+        op = waiting.pop()
+        if op.type == "ReadVariableOp" or op.type in _CALLS or "Random" in op.type:
+            raise ValueError(
+                "with groups, masks must follow from the inputs and targets alone, since they are "
+                f"counted over the whole batch first, got one that depends on {op.type}; make the "
+                "mask before layers that learn or drop, or leave out groups"
+            )
+        fresh = {one.op for one in op.inputs} - seen
+        seen |= fresh
+        waiting.extend(fresh)
+
+
+def check_unchanged(graph: Any) -> None:
+    """Raise ValueError if a forward pass that only counts masks would change variables."""
+    functions = graph.as_graph_def().library.function
+    kinds = {op.type for op in graph.get_operations()}
+    kinds |= {node.op for function in functions for node in function.node_def}
+    changing = sorted(kind for kind in kinds if kind.startswith("Assign"))
+    if changing:
+        raise ValueError(
+            "with groups, the forward pass is run once more to count masks over the whole batch, "
+            f"and a layer changes a variable in it ({', '.join(changing)}); let it do so in "
+            "training alone, or leave out groups"
+        )
+
+
+_CALLS = frozenset("If PartitionedCall StatefulPartitionedCall StatelessIf While".split())

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import keras
 import tensorflow as tf
 
-from cabs_tensorflow.conditions import is_overridden
+from cabs_tensorflow.conditions import check_masks, check_unchanged, is_overridden
 from cabs_tensorflow.errors import UncoveredParameterError
 from cabs_tensorflow.losses import compiled_losses, may_be_masked, unmasked_shares
 from cabs_tensorflow.statistics import BatchStatistics, PartialStatistics
@@ -102,23 +102,31 @@ def _unmasked_shares(model: Any, x: Any, y: Any) -> list[Any] | None:
         return None
     is_masked: list[bool] = []
 
-    @tf.function(autograph=False)
-    def shares(x: Any, y: Any) -> list[Any]:
-        # Masks are those of training, and the rest is not computed.
-        y_pred = model(x, training=False)
-        try:
-            found = unmasked_shares(model, y, y_pred)
-        except ValueError:
-            if not may_be_masked(model, y_pred):
-                # A loss of the batch, which is taken as it is.
-                return []
-            raise
-        is_masked[:] = [one is not None for one in found]
-        return [tf.ones((), tf.float64) if one is None else one for one in found]
+    def shares_in(training: bool) -> Any:
+        @tf.function(autograph=False)
+        def shares(x: Any, y: Any) -> list[Any]:
+            y_pred = model(x, training=training)
+            try:
+                found = unmasked_shares(model, y, y_pred)
+            except ValueError:
+                if not may_be_masked(model, y_pred):
+                    # A loss of the batch, which is taken as it is.
+                    return []
+                raise
+            is_masked[:] = [one is not None for one in found]
+            if training:
+                check_masks(one for one in found if one is not None)
+            return [tf.ones((), tf.float64) if one is None else one for one in found]
 
-    # Only traced, so that nothing of it runs in a model without masks.
-    shares.get_concrete_function(x, y)
-    return list(shares(x, y)) if any(is_masked) else None
+        return shares, shares.get_concrete_function(x, y)
+
+    # Only traced: what is counted must be the same in training, and in each microbatch.
+    shares_in(training=True)
+    if not any(is_masked):
+        return None
+    shares, traced = shares_in(training=False)
+    check_unchanged(traced.graph)
+    return list(shares(x, y))
 
 
 def _group(

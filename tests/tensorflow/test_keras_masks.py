@@ -192,6 +192,41 @@ def test_groups_of_a_masked_recurrent_network_have_the_gradient_of_the_batch():
     assert_trained_as_by_keras(make, IDS, NEXT, groups=4)
 
 
+class Counting(keras.layers.Layer):
+    """Counts its calls, in training and out of it."""
+
+    def __init__(self):
+        super().__init__()
+        self.supports_masking = True
+        self.calls = self.add_weight(shape=(), initializer="zeros", trainable=False)
+
+    def call(self, inputs):
+        self.calls.assign_add(1.0)
+        return inputs
+
+
+@pytest.mark.parametrize(
+    ("first", "message"),
+    [
+        (lambda: layers.Dropout(0.7, noise_shape=(None, LENGTH, 1)), "depends on .*Random"),
+        (lambda: layers.Dense(4), "depends on ReadVariableOp"),
+        (Counting, "a layer changes a variable in it"),
+    ],
+    ids=["dropped", "learned", "counted"],
+)
+def test_groups_with_masks_that_training_changes_are_refused_before_anything_moves(first, message):
+    keras.utils.set_random_seed(1)
+    inputs = np.random.default_rng(0).normal(size=(EXAMPLES, LENGTH, 4)).astype("float32")
+    masking = [layers.Masking(), first()] if first is Counting else [first(), layers.Masking()]
+    model = keras.Sequential([keras.Input((LENGTH, 4)), *masking, layers.Dense(WORDS)])
+    model.compile(keras.optimizers.SGD(1.0), cross_entropy())
+    before = model.get_weights()
+    with pytest.raises(ValueError, match=message):
+        followed(model, groups=2).train_on_batch(inputs, NEXT)
+    for one, other in zip(before, model.get_weights(), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
 def test_a_mask_that_would_meet_another_examples_values_is_refused_before_anything_moves():
     def make():
         keras.utils.set_random_seed(1)
