@@ -91,7 +91,7 @@ def backward(
             all parameters or for one of the groups; if there are several ranks and it is not said
             that this one's examples are meant.
         UncoveredParameterError: If a parameter's norms cannot be had exactly; the message names
-            the parameter and the operation. Nothing has been computed then.
+            the operation and parameters. Nothing has been computed then.
         RuntimeError: If gradients of a microbatch are reduced over ranks during the pass.
 
     Example:
@@ -131,8 +131,8 @@ def backward(
         missing = [leaf.variable for leaf in walk.refused.values()]
         reason = walk.problems[id(missing[0])]
         warnings.warn(
-            f"the statistics leave out {1.0 - measured:.1%} of the parameters, the first of which "
-            f"{reason}: {describe_some(missing)}",
+            f"the statistics leave out {1.0 - measured:.1%} of the parameters, since {reason}: "
+            f"{describe_some(missing)}",
             stacklevel=2,
         )
     estimated = _by_groups(losses, walk) if uncovered == "groups" else ({}, {})

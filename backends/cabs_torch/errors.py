@@ -1,6 +1,7 @@
 """The error for what cannot be measured exactly, in words that a user can act upon.
 
-Guarantees: it names the parameter, the operation and the way out.
+Guarantees: it says the operation and what is the matter, names three parameters at most, and tells
+the way out.
 """
 
 from __future__ import annotations
@@ -22,20 +23,20 @@ class UncoveredParameterError(RuntimeError):
         >>> cabs_torch.backward((torch.eye(3) * scale).softmax(dim=0).sum(dim=1))
         Traceback (most recent call last):
         ...
-        cabs_torch.errors.UncoveredParameterError: a tensor that requires gradients, of shape (3,),
-        lies behind SoftmaxBackward0, which runs along the axis that holds the examples. Estimate
-        the variance from groups of examples instead, with cabs_torch.Accumulation, or with
+        cabs_torch.errors.UncoveredParameterError: SoftmaxBackward0 runs along the axis that holds
+        the examples. This concerns a tensor that requires gradients, of shape (3,). Estimate the
+        variance from groups of examples instead, with cabs_torch.Accumulation, or with
         uncovered='groups' for such parameters alone; or leave them out, with groups= of those that
         matter
     """
 
 
-def uncovered(parameter: torch.Tensor, problem: str) -> UncoveredParameterError:
-    """Return the error for a parameter and what is the matter with it."""
+def uncovered(problem: str, parameters: Sequence[torch.Tensor]) -> UncoveredParameterError:
+    """Return the error for what is the matter, and the parameters that it concerns."""
     return UncoveredParameterError(
-        f"{describe(parameter)}, {problem}. Estimate the variance from groups of examples instead, "
-        "with cabs_torch.Accumulation, or with uncovered='groups' for such parameters alone; or "
-        "leave them out, with groups= of those that matter"
+        f"{problem}. This concerns {describe_some(parameters)}. Estimate the variance from groups "
+        "of examples instead, with cabs_torch.Accumulation, or with uncovered='groups' for such "
+        "parameters alone; or leave them out, with groups= of those that matter"
     )
 
 

@@ -93,7 +93,7 @@ class Walk:
             except MixedError as problem:
                 self._refuse(node, str(problem))
             except HiddenError as problem:
-                raise _error(node, next(leaves_behind(node)), str(problem)) from None
+                raise _error(node, str(problem)) from None
         elif known != layout:
             self._refuse(node, "has its examples in two different orders")
 
@@ -170,7 +170,8 @@ class Walk:
             elif id(leaf.variable) in self._inputs:
                 # What lies behind it is not in this graph, so that nothing can be left out.
                 raise uncovered(
-                    leaf.variable, "is given to a reentrant checkpoint, for all examples"
+                    "a parameter is given to a reentrant checkpoint, for all examples",
+                    [leaf.variable],
                 )
             elif is_distributed(leaf.variable):
                 self._refuse(leaf, "is a DTensor, of which this rank may hold a part")
@@ -246,9 +247,9 @@ class Walk:
             matters = self._wanted is None or (is_leaf(leaf) and id(leaf.variable) in self._wanted)
             # What a checkpoint hides cannot be left out, or be had from groups.
             if is_segment(leaf) or (self._strict and matters):
-                raise _error(culprit, leaf, problem)
+                raise _error(culprit, problem)
             self.refused[id(leaf.variable)] = leaf
-            self.problems.setdefault(id(leaf.variable), _why(culprit, leaf, problem))
+            self.problems.setdefault(id(leaf.variable), _why(culprit, problem))
 
 
 def _only(leaves: dict[int, Node], wanted: Container[int]) -> dict[int, Node]:
@@ -263,14 +264,13 @@ def _is_parameter(edge: Edge) -> bool:
         return False
 
 
-def _error(node: Node, leaf: Node, problem: str) -> UncoveredParameterError:
-    if not is_leaf(leaf):
-        leaf = next(filter(is_leaf, leaves_behind(leaf)))
-    return uncovered(leaf.variable, _why(node, leaf, problem))
+def _error(node: Node, problem: str) -> UncoveredParameterError:
+    concerned = [leaf.variable for leaf in leaves_behind(node) if is_leaf(leaf)]
+    return uncovered(_why(node, problem), concerned)
 
 
-def _why(node: Node, leaf: Node, problem: str) -> str:
-    return problem if leaf is node else f"lies behind {node.name()}, which {problem}"
+def _why(node: Node, problem: str) -> str:
+    return f"{'a parameter' if is_leaf(node) else node.name()} {problem}"
 
 
 def leaves_behind(node: Node) -> Iterator[Node]:

@@ -241,6 +241,16 @@ def test_a_warning_says_the_reason_first_and_then_three_names_at_most():
     assert str(said[0].message).count("of shape") == 3
 
 
+def test_an_error_says_the_reason_first_and_then_three_names_at_most():
+    layers = nn.Sequential(*(nn.Linear(3, 3) for _ in range(4)), nn.BatchNorm1d(3))
+    with pytest.raises(
+        cabs_torch.UncoveredParameterError,
+        match=r"^NativeBatchNormBackward0 normalizes .* concerns .*; and 7 more\. Estimate",
+    ) as said:
+        cabs_torch.backward(squares(layers(torch.randn(4, 3)), torch.randn(4)))
+    assert str(said.value).count("of shape") == 3
+
+
 def test_losses_of_frozen_or_left_out_parameters_alone_are_an_error():
     norm = nn.BatchNorm1d(3)
     losses = squares(norm(torch.randn(4, 3)), torch.randn(4))
