@@ -1,8 +1,8 @@
 """How far a loop has come, which of that was trained on, and what a state needs of both.
 
-Guarantees: a place is a value, so that whatever interrupts a loop finds it whole; a place that a
-loop was at a few batches ago can be had again, with the sizes that were asked for since, since the
-batches after it have them in the run that was not interrupted.
+Guarantees: a place is a value, so that whatever interrupts a loop finds it whole. The place of a
+few batches ago can be restored; it keeps the sizes of the batches after it, which the uninterrupted
+run has too.
 """
 
 from __future__ import annotations
