@@ -1,8 +1,9 @@
 """One command an intent, the same here and in continuous integration.
 
-``nox -s tests`` (core on each supported Python found, and each framework on this one), ``lint``,
-``docs``, ``package``, ``soak``, ``bench``, ``study``. Only the Pythons that are missing are
-skipped, and said to be; a framework that cannot be installed is an error.
+``nox -s quick`` while writing; ``nox -s tests`` (the core on each supported Python found, and each
+framework on this one), ``lint``, ``docs``, ``package``, ``soak``, ``bench``, ``study``. Only the
+Pythons that are missing are skipped, and said to be; a framework that cannot be installed is an
+error.
 """
 
 import os
@@ -39,8 +40,12 @@ def install(session: nox.Session, *requirements: str, groups: tuple[str, ...] = 
 
 
 def run_tests(session: nox.Session, *sources: str) -> None:
-    """Run the core's tests, further tests, and the examples in the docstrings of packages."""
-    session.run("pytest", "tests/core", "--doctest-modules", *sources, *session.posargs)
+    """Run tests, and the examples in the docstrings of packages, in a process for each core."""
+    # A process for each core has one thread, or all of them wait for each other.
+    for pool in ("OMP_NUM_THREADS", "TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS"):
+        session.env[pool] = "1"
+    parallel = ("--numprocesses=auto", "--dist=loadgroup")
+    session.run("pytest", *parallel, "--doctest-modules", *sources, *session.posargs)
 
 
 @nox.session
@@ -50,20 +55,31 @@ def run_tests(session: nox.Session, *sources: str) -> None:
     ids=[f"core-{version}" for version in PYTHONS] + list(FRAMEWORKS),
 )
 def tests(session: nox.Session, target: str) -> None:
-    """Run the tests of the core, alone or with one framework, its adapter and the example."""
+    """Run the tests of the core, or of one framework's adapter and the examples with it."""
     if target == "core":
         install(session, "-e", ".[plot]", groups=("test",))
-        run_tests(session, "cabs")
-    else:
-        groups = ("test", f"test-{target}") if f"test-{target}" in GROUPS else ("test",)
-        install(session, "-e", f".[{target},examples]", groups=groups)
-        run_tests(session, f"tests/{target}", f"backends/cabs_{target}")
-        session.run("pytest", "tests/examples", "--backend", target, *session.posargs)
-        if target in OLDEST:
-            # Against the newest versions that the constraints pin, and then without them.
-            session.install(OLDEST[target])
-            libraries = f"--ignore=tests/{target}/test_libraries.py"
-            session.run("pytest", f"tests/{target}", libraries, *session.posargs)
+        run_tests(session, "tests/core", "cabs")
+        return
+    groups = ("test", f"test-{target}") if f"test-{target}" in GROUPS else ("test",)
+    install(session, "-e", f".[{target},examples]", groups=groups)
+    run_tests(session, f"tests/{target}", f"backends/cabs_{target}")
+    run_tests(session, "tests/examples", "--backend", target)
+    if target in OLDEST:
+        # Against the newest versions that the constraints pin, and then without them.
+        session.install(OLDEST[target])
+        libraries = f"--ignore=tests/{target}/test_libraries.py"
+        run_tests(session, f"tests/{target}", libraries)
+
+
+@nox.session(reuse_venv=True)
+def quick(session: nox.Session) -> None:
+    """Run what is fast of the core's tests and of one adapter's: torch, or ``-- jax``."""
+    named = session.posargs[:1]
+    target = session.posargs.pop(0) if named and named[0] in FRAMEWORKS else "torch"
+    groups = ("test", f"test-{target}") if f"test-{target}" in GROUPS else ("test",)
+    install(session, "-e", f".[{target},plot]", groups=groups)
+    sources = ("tests/core", f"tests/{target}", "cabs", f"backends/cabs_{target}")
+    run_tests(session, *sources, "-m", "not slow")
 
 
 @nox.session
@@ -102,9 +118,8 @@ def package(session: nox.Session) -> None:
     session.chdir(away)
     session.run("python", "-c", PROVE_INSTALLED)
     for tested in ("core", *FRAMEWORKS):
-        # Each in a process of its own, as users have them.
-        libraries = f"--ignore=tests/{tested}/test_libraries.py"
-        session.run("pytest", f"tests/{tested}", libraries, *session.posargs)
+        # Each in processes of its own, as users have them.
+        run_tests(session, f"tests/{tested}", f"--ignore=tests/{tested}/test_libraries.py")
 
 
 PROVE_INSTALLED = """

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from cabs import Checked, Verification
+from cabs_jax import meshes
 from cabs_jax.arguments import positions_of, read_arguments
 from cabs_jax.gradient import measure
 
@@ -63,7 +64,7 @@ def verify(
         one = jax.tree.unflatten(
             arguments.treedef,
             [
-                leaf if axis is None else leaf[(slice(None),) * axis + (index,)]
+                leaf if axis is None else _one_of(leaf, axis, index)
                 for leaf, axis in zip(arguments.leaves, arguments.axes, strict=True)
             ],
         )
@@ -81,6 +82,13 @@ def verify(
         for (name, leaf), square in zip(found.leaves.items(), found.squares, strict=True)
     ]
     return Verification(tuple(rows))
+
+
+def _one_of(leaf: Any, axis: int, index: int) -> Any:
+    """Return an example's part of a leaf."""
+    spec = meshes.spec_of(jax.typeof(leaf))
+    rest = spec[:axis] + spec[axis + 1 :]
+    return meshes.automatic(lambda leaf: leaf[(slice(None),) * axis + (index,)], leaf, spec=rest)
 
 
 def _relative(found: float, expected: float) -> float:

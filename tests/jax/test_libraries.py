@@ -24,6 +24,7 @@ def _as_users_have_it():
         yield
 
 
+@pytest.mark.slow
 def test_a_linen_transformer_with_dropout_and_tied_embeddings():
     class Model(flax.linen.Module):
         @flax.linen.compact
@@ -48,6 +49,7 @@ def test_a_linen_transformer_with_dropout_and_tied_embeddings():
     assert_exact(loss_fn, parameters, batch)
 
 
+@pytest.mark.slow
 def test_an_nnx_network_with_convolutions_and_norms():
     class Model(nnx.Module):
         def __init__(self, rngs):
@@ -68,6 +70,7 @@ def test_an_nnx_network_with_convolutions_and_norms():
     assert_exact(loss_fn, parameters, draw(0, 8, 6, 6, 2))
 
 
+@pytest.mark.slow
 def test_an_equinox_network_and_an_optax_step():
     keys = jax.random.split(jax.random.key(0), 2)
     model = equinox.nn.Sequential(

@@ -131,6 +131,7 @@ def test_a_batch_on_a_mesh_as_jax_makes_it_is_exact():
         assert_exact(jax.jit(cabs_jax.value_and_grad(network))(parameters, batch), network)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_set", [False, True])
 @pytest.mark.parametrize("kinds", [(AUTO, AUTO), (AUTO, EXPLICIT)])
 def test_a_batch_sharded_by_an_axis_that_is_not_explicit_is_exact(kinds, is_set):
@@ -147,6 +148,7 @@ def test_a_batch_sharded_by_an_axis_that_is_not_explicit_is_exact(kinds, is_set)
 SOME = jnp.arange(16) % 3 > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kinds", [(AUTO, AUTO), *([] if IS_OLD else [(EXPLICIT, EXPLICIT)])])
 def test_masks_samples_and_what_else_is_returned_are_those_of_a_sharded_batch(kinds):
     mesh = mesh_of(kinds)
@@ -176,3 +178,11 @@ def test_parameters_that_are_sharded_are_measured_whole(kinds, name):
         # By the axis that shards no example, and is not Explicit.
         parameters = placed(mesh, PARAMETERS, MODEL)
         assert_exact(jax.jit(cabs_jax.value_and_grad(loss_fn))(parameters, batch), loss_fn)
+
+
+@pytest.mark.skipif(IS_OLD, reason="JAX has no such gradient")
+def test_verify_takes_examples_out_of_a_batch_that_an_explicit_axis_shards():
+    mesh = mesh_of((EXPLICIT, EXPLICIT))
+    parameters, batch = placed(mesh, PARAMETERS, P()), placed(mesh, BATCH, P("data"))
+    with jax.set_mesh(mesh):  # JAX wants one where it is not compiled
+        assert cabs_jax.verify(network, parameters, batch).error < 1e-5

@@ -85,6 +85,7 @@ def parameters(index):
     }
 
 
+@pytest.mark.slow
 @given(
     names=st.lists(st.sampled_from(sorted(BLOCKS)), min_size=1, max_size=4),
     is_shared=st.booleans(),

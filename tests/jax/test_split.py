@@ -62,6 +62,7 @@ def exact(parameters, pieces, examples):
     return total, parts.complete(total)
 
 
+@pytest.mark.slow
 # At most three at a time: pieces are then of two at least, and one example shows no variance.
 @given(st.integers(0, 99), st.integers(2, 9), st.integers(3, 5), st.booleans())
 @settings(max_examples=12)

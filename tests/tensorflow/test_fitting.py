@@ -105,7 +105,7 @@ def mean_fourth_power(y, y_pred):
         (mean_fourth_power, ONE_HOT),
         ([keras.losses.CategoricalCrossentropy(from_logits=True, label_smoothing=0.1)], ONE_HOT),
     ],
-    ids=str,
+    ids=["classes", "a class in a row", "squares", "by name", "huber", "a function", "in a list"],
 )
 def test_any_loss_is_measured_as_a_loop_over_the_examples_would(loss, y, weights):
     assert_measured(compiled(loss=loss), X, y, weights)

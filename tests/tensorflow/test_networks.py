@@ -4,6 +4,7 @@ import itertools
 
 import keras
 import numpy as np
+import pytest
 import tensorflow as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -95,6 +96,7 @@ def parameters(index):
     }
 
 
+@pytest.mark.slow
 @given(
     names=st.lists(st.sampled_from(sorted(BLOCKS)), min_size=1, max_size=4),
     is_shared=st.booleans(),
@@ -171,6 +173,7 @@ KERAS_BLOCKS = {
 }
 
 
+@pytest.mark.slow
 @given(names=st.lists(st.sampled_from(sorted(KERAS_BLOCKS)), min_size=1, max_size=4))
 @settings(max_examples=8)
 def test_random_models_of_keras_are_exact(names):

@@ -59,12 +59,14 @@ def assert_same(model, losses_of, batches, backend, **options):
             torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_compiled_convolutional_network_is_exact():
     torch.manual_seed(0)
     batches = [(torch.randn(m, 2, 8, 9), torch.randint(5, (m,))) for m in (4, 4, 6)]
     assert_same(Residual(), lambda f, x, y: cross_entropy(f(x), y), batches, "aot_eager")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_compiled_transformer_with_tied_weights_is_exact(backend):
     torch.manual_seed(0)

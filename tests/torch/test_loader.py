@@ -122,6 +122,7 @@ def test_examples_draw_other_numbers_in_other_epochs_and_of_other_examples():
     assert len(set(numbers)) == len(numbers) >= 120
 
 
+@pytest.mark.slow
 @settings(max_examples=8, deadline=None)
 @given(
     st.integers(0, 25), st.integers(0, 2), st.integers(0, 2), st.integers(1, 2),

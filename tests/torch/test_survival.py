@@ -15,6 +15,7 @@ HERE = Path(__file__).parent
 KILLS = int(os.environ.get("CABS_KILLS", "5"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("workers", "options"), [(0, []), (2, []), (2, ["--drop-last"])])
 def test_a_killed_run_is_the_one_that_was_left_alone(tmp_path, workers, options):
     command = [sys.executable, HERE / "survival.py", tmp_path / "runs"]
@@ -27,6 +28,7 @@ def test_a_killed_run_is_the_one_that_was_left_alone(tmp_path, workers, options)
     print(done.stdout)
 
 
+@pytest.mark.slow
 # A process that is started anew has first to import everything.
 @pytest.mark.parametrize(
     ("method", "options"),
