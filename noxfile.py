@@ -44,7 +44,8 @@ def run_tests(session: nox.Session, *sources: str) -> None:
     # A process for each core has one thread, or all of them wait for each other.
     for pool in ("OMP_NUM_THREADS", "TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS"):
         session.env[pool] = "1"
-    parallel = ("--numprocesses=auto", "--dist=loadgroup")
+    # A file runs in one process: some of its tests ask what others of them have seen.
+    parallel = ("--numprocesses=auto", "--dist=loadfile")
     session.run("pytest", *parallel, "--doctest-modules", *sources, *session.posargs)
 
 

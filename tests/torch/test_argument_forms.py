@@ -19,9 +19,6 @@ from cabs_torch.graph import leaves_behind
 from cabs_torch.nodes import is_leaf, name_of
 from tests.torch.forms import EXAMPLES, FACTORS, GIVEN, Batch, Fixed, Indices, Parameter, X
 
-# The last test asks what all others have driven, so one process runs them all.
-pytestmark = pytest.mark.xdist_group("argument forms")
-
 # Forms of one operation that are tried; more are drawn from at random, the same every time.
 MOST = 40
 
