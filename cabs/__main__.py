@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cabs.plot import plot_run
-from cabs.replay import NotDecidedError, Replay, read_run
-from cabs.summary import Summary
+from cabs.runs.replay import NotDecidedError, Replay, read_run
+from cabs.runs.summary import Summary
 
 _PROGRAM = "python -m cabs"
 # The status of a program that the end of its pipe has ended.

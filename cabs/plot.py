@@ -10,7 +10,7 @@ import math
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
-from cabs.replay import Run, counted_examples
+from cabs.runs.replay import Run, counted_examples
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

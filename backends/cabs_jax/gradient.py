@@ -14,12 +14,15 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from cabs_jax import meshes, norms, penalties, together
-from cabs_jax.arguments import Arguments, positions_of, read_arguments, trace
+from cabs_jax.graph import meshes
+from cabs_jax.graph.alone import check_alone
+from cabs_jax.graph.arguments import Arguments, positions_of, read_arguments, trace
+from cabs_jax.graph.program import Value, read
 from cabs_jax.masks import filled
 from cabs_jax.measure import Marks, Measurement
-from cabs_jax.plan import Leaf, Mode, plan_leaf, uses_of
-from cabs_jax.program import Value, read
+from cabs_jax.norms import ghost_norms
+from cabs_jax.rules import penalties, uses
+from cabs_jax.rules.plan import Leaf, Mode, plan_leaf, uses_of
 from cabs_jax.statistics import BatchStatistics, square_of
 
 
@@ -171,10 +174,13 @@ def measure(
         if mask is None:
             return jnp.mean(losses), aux
         total = jnp.sum(jnp.where(mask, losses, jnp.zeros_like(losses)))
-        return total / counted.astype(losses.dtype), aux
+        # 0 where nothing counts, as a device's share of a batch that was filled up.
+        return total / jnp.maximum(counted, 1).astype(losses.dtype), aux
 
     marks = measurement.zeros()
     anchor = meshes.varying(_anchor(arguments), arguments.varying)
+    if mask is not None:
+        mask = meshes.automatic(jnp.asarray, mask, like=jax.typeof(anchor))
     (ahead,) = meshes.spec_of(jax.typeof(anchor))
     zeros = jax.tree.map(
         lambda one: meshes.broadcast(anchor, one, ahead).astype(one.dtype), marks.flat()
@@ -219,7 +225,7 @@ def _traced(
     Where ``shard_map`` checks what differs between devices, the gradient is then this device's own.
     JAX adds up the gradients of parameters that are the same on all of them.
     """
-    axes = arguments.varying
+    axes = frozenset[str]()
     while True:
         leaves = zip(arguments.leaves, arguments.is_parameter, strict=True)
         placed = arguments.with_leaves(
@@ -228,6 +234,7 @@ def _traced(
         closed, structure = trace(loss_fn, placed, has_aux)
         found = meshes.varying_of(closed.out_avals[0])
         if found <= axes:
+            check_alone(closed, placed)
             return placed, closed, structure
         axes |= found
 
@@ -286,7 +293,8 @@ def _counted(mask: Any, examples: int, sample: int | None = None) -> Array:
             f"mask must hold booleans of shape ({examples},), got {jnp.result_type(mask)} of shape "
             f"{jnp.shape(mask)}"
         )
-    return jnp.sum(mask[:sample], dtype=jnp.float32)
+    is_taken = mask if sample is None else mask & (jnp.arange(examples) < sample)
+    return jnp.sum(is_taken, dtype=jnp.float32)
 
 
 def _marks(value: Value, leaf: Leaf, marks: Marks) -> Any:
@@ -302,5 +310,5 @@ def _square(leaf: Leaf, marks: Any, sample: int | None) -> Array:
         return jnp.sum(marks)
     some = jax.tree.map(lambda array: array[:sample], marks)
     if leaf.mode is Mode.GRADIENTS:
-        return jnp.sum(norms.square(some))
-    return jnp.sum(together.square(leaf.factors, some))
+        return jnp.sum(ghost_norms.square(some))
+    return jnp.sum(uses.square(leaf.factors, some))

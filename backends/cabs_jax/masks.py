@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from cabs_jax import meshes
+from cabs_jax.graph import meshes
 
 
 def filled(leaf: Array, axis: int, mask: Array) -> Array:

@@ -14,13 +14,11 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from cabs_jax import meshes, norms
-from cabs_jax.derivative import Derivative, derivative
-from cabs_jax.each import factors_of_each, of_each
 from cabs_jax.errors import uncovered
-from cabs_jax.meshes import Explicit
-from cabs_jax.plan import Leaf, Mode, Site, site_of, uses_of
-from cabs_jax.program import (
+from cabs_jax.graph import meshes
+from cabs_jax.graph.each import factors_of_each, of_each
+from cabs_jax.graph.meshes import Explicit
+from cabs_jax.graph.program import (
     Atom,
     Nested,
     Operation,
@@ -32,6 +30,9 @@ from cabs_jax.program import (
     roots_of,
     view_of,
 )
+from cabs_jax.graph.vjp import Derivative, derivative
+from cabs_jax.norms import ghost_norms
+from cabs_jax.rules.plan import Leaf, Mode, Site, site_of, uses_of
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ class Measurement:
         """Return the marks of one example, as shapes and types."""
         found = Marks({}, {}, {})
         for value, leaf in self.leaves.items():
-            dtype = norms.sum_type(value.aval.dtype)
+            dtype = ghost_norms.sum_type(value.aval.dtype)
             if leaf.mode is Mode.SQUARES:
                 found.squares[value] = jax.ShapeDtypeStruct((), dtype)
             elif leaf.mode is Mode.GRADIENTS:
@@ -122,7 +123,7 @@ Modes = Mapping[Value, Measured]
 
 def _like(value: Value) -> jax.ShapeDtypeStruct:
     like: jax.ShapeDtypeStruct = meshes.shape_of(value.aval).update(
-        dtype=norms.wide_type(value.aval.dtype)
+        dtype=ghost_norms.wide_type(value.aval.dtype)
     )
     return like
 
@@ -241,9 +242,9 @@ class _Run:
                 axes = [0 if at in ahead else None for at in range(len(given))]
                 pull = jax.vmap(lambda given: found.pull(*given), in_axes=(axes,))
                 pulled = explicit(pull, given)
-                return jnp.stack([norms.square(pulled[at]) for at in squared], axis=1)
+                return jnp.stack([ghost_norms.square(pulled[at]) for at in squared], axis=1)
 
-            sums = norms.in_chunks(some, [arrays[at] for at in ahead], size)
+            sums = ghost_norms.in_chunks(some, [arrays[at] for at in ahead], size)
             return [sums[:, at] for at in range(len(squared))]
 
         def backward(kept: Sequence[Any], cotangents: Sequence[Any]) -> list[Any]:

@@ -15,8 +15,9 @@ import numpy as np
 from jax import Array
 
 from cabs import GradientStatistics
-from cabs_jax import meshes, norms
 from cabs_jax.errors import listed
+from cabs_jax.graph import meshes
+from cabs_jax.norms import ghost_norms
 
 # How a device gets a gradient of its own.
 _OWN = (
@@ -215,8 +216,8 @@ def _check_own(gradients: Any, axis_name: str | Sequence[str] | None) -> None:
         raise ValueError(
             f"gradients must be the mean over this device's own group, got some that are the same "
             f"on all devices along {over}: where parameters are, JAX has added up what the devices "
-            f"have. That is so for {listed(names)}. {_OWN}; if all devices share the group, give "
-            "axis_name=()"
+            f"have. That is so for {listed(names)}. {_OWN}; where devices along an axis "
+            "share the group, name in axis_name= the axes along which groups differ, () for none"
         )
 
 
@@ -254,7 +255,7 @@ def square_of(tree: Any) -> Array:
 
 
 def _square_sum(leaves: Sequence[Array]) -> Array:
-    squares = [norms.square(leaf[None])[0] for leaf in leaves]
+    squares = [ghost_norms.square(leaf[None])[0] for leaf in leaves]
     return sum(squares[1:], start=squares[0])
 
 

@@ -12,10 +12,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from cabs import Checked, Verification
-from cabs_jax import meshes
-from cabs_jax.arguments import positions_of, read_arguments
+from cabs.gradients import Checked, Verification
 from cabs_jax.gradient import measure
+from cabs_jax.graph import meshes
+from cabs_jax.graph.arguments import positions_of, read_arguments
 
 
 def verify(
@@ -38,8 +38,8 @@ def verify(
         in_axes: As there.
 
     Returns:
-        A :class:`cabs.Verification`: for each parameter the relative error, and the rules that
-        cover it.
+        A :class:`cabs.gradients.Verification`: for each parameter the relative error, and the
+        rules that cover it.
 
     Raises:
         UncoveredParameterError: If a parameter is not covered.
@@ -86,9 +86,9 @@ def verify(
 
 def _one_of(leaf: Any, axis: int, index: int) -> Any:
     """Return an example's part of a leaf."""
-    spec = meshes.spec_of(jax.typeof(leaf))
-    rest = spec[:axis] + spec[axis + 1 :]
-    return meshes.automatic(lambda leaf: leaf[(slice(None),) * axis + (index,)], leaf, spec=rest)
+    rest = [at for at in range(leaf.ndim) if at != axis]
+    like = meshes.resized(jax.typeof(leaf), rest)
+    return meshes.automatic(lambda leaf: leaf[(slice(None),) * axis + (index,)], leaf, like=like)
 
 
 def _relative(found: float, expected: float) -> float:

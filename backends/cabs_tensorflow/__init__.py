@@ -3,10 +3,10 @@
 Guarantees: measures, feeds, and decides nothing; gradients are those of ``tf.GradientTape``.
 """
 
+from cabs_tensorflow.data.dataset import dataset
+from cabs_tensorflow.data.loader import loader
 from cabs_tensorflow.errors import UncoveredParameterError
-from cabs_tensorflow.feeding import dataset
-from cabs_tensorflow.fitting import AdaptiveBatchSize, adaptive
-from cabs_tensorflow.loading import loader
+from cabs_tensorflow.keras.fitting import AdaptiveBatchSize, adaptive
 from cabs_tensorflow.statistics import BatchStatistics, PartialStatistics
 from cabs_tensorflow.tape import GradientTape
 from cabs_tensorflow.verification import verify

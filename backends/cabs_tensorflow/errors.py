@@ -33,10 +33,6 @@ class UncoveredParameterError(RuntimeError):
     __init__ = Exception.__init__
 
 
-class MixedError(Exception):
-    """An operation whose gradient does not belong to one example at a time; says how."""
-
-
 _NAMED = 3
 """How many variables are named."""
 

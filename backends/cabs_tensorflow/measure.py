@@ -11,13 +11,14 @@ from typing import Any
 
 import tensorflow as tf
 
-from cabs_tensorflow import norms
-from cabs_tensorflow.carriers import check_inside
-from cabs_tensorflow.errors import MixedError, uncovered
-from cabs_tensorflow.layout import Batch
-from cabs_tensorflow.program import Call, Program
-from cabs_tensorflow.sizes import Sizes
-from cabs_tensorflow.terms import Term, total_square_sum
+from cabs.gradients.layout import MixedError
+from cabs_tensorflow.errors import uncovered
+from cabs_tensorflow.graph.program import Call, Program
+from cabs_tensorflow.graph.symbolic_shapes import Sizes
+from cabs_tensorflow.norms import ghost_norms
+from cabs_tensorflow.norms.per_example import Term, total_square_sum
+from cabs_tensorflow.rules.batch_axis import check_inside
+from cabs_tensorflow.rules.layout import Batch
 from cabs_tensorflow.walk import Walk
 
 
@@ -121,7 +122,7 @@ class Measurement:
                 raise uncovered(
                     "a source holds a part for each example, and is shared too:", [self.names[root]]
                 )
-            sums[root] = norms.square(self._batch.take(cotangent, layout))
+            sums[root] = ghost_norms.square(self._batch.take(cotangent, layout))
         return [sums.get(root) for root in range(len(self.names))]
 
     def _find_targets(self) -> dict[str | None, dict[str, Any]]:

@@ -11,9 +11,9 @@ from typing import Any, Self
 
 import tensorflow as tf
 
-from cabs.scalars import as_integer
-from cabs_tensorflow import norms
+from cabs.values.scalars import as_integer
 from cabs_tensorflow.measure import Measurement
+from cabs_tensorflow.norms import ghost_norms
 from cabs_tensorflow.replicas import check_alone
 from cabs_tensorflow.statistics import BatchStatistics
 
@@ -145,9 +145,9 @@ class GradientTape:
             for square, gradient in zip(squares, given, strict=True)
             if square is not None and gradient is not None
         ]
-        dtype = norms.sum_type([one for one in given if one is not None])
+        dtype = ghost_norms.sum_type([one for one in given if one is not None])
         total = tf.add_n([tf.cast(one, dtype) for one in sums])
-        mean_square = tf.cast(norms.square_of(given), dtype)
+        mean_square = tf.cast(ghost_norms.square_of(given), dtype)
         count = tf.cast(examples, dtype)
         # An example's gradient is m times its share of the mean's.
         share = count**2 * (count / tf.cast(measurement.taken, dtype))

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from cabs import Checked, Verification
+from cabs.gradients import Checked, Verification
 from cabs_tensorflow.measure import Measurement, name_of
 
 
@@ -29,8 +29,9 @@ def verify(losses_of: Callable[[Any], Any], batch: Any, variables: Any = None) -
         variables: A nest of trainable variables; by default all that ``losses_of`` uses.
 
     Returns:
-        A :class:`cabs.Verification`: for each variable the error, relative to its own sum of
-        squares or to 1e-7 of that of all, whichever is larger, and the rules that cover it.
+        A :class:`cabs.gradients.Verification`: for each variable the error, relative to its own
+        sum of squares or to 1e-7 of that of all, whichever is larger, and the rules that cover
+        it.
 
     Raises:
         ValueError: If ``batch`` has less than two examples, or tensors of different lengths.

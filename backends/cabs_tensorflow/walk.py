@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from cabs_tensorflow.errors import MixedError, UncoveredParameterError, uncovered
-from cabs_tensorflow.joins import Join, enter
-from cabs_tensorflow.layout import Layout
-from cabs_tensorflow.program import Program
-from cabs_tensorflow.shared import Shared, Source
-from cabs_tensorflow.sizes import Sizes
+from cabs.gradients.layout import Layout, MixedError
+from cabs_tensorflow.errors import UncoveredParameterError, uncovered
+from cabs_tensorflow.graph.program import Program
+from cabs_tensorflow.graph.symbolic_shapes import Sizes
+from cabs_tensorflow.rules.parameter_gradients import Join, enter
+from cabs_tensorflow.rules.parameter_paths import Shared, Source
 
 
 class Meeting(NamedTuple):

@@ -6,8 +6,8 @@ Guarantees: measures, feeds, and decides nothing; the gradients are those of a p
 from cabs_torch.accumulation import Accumulation
 from cabs_torch.backward import backward
 from cabs_torch.compiled import CompiledStep, compile  # noqa: A004
+from cabs_torch.data.loader import loader
 from cabs_torch.errors import UncoveredParameterError
-from cabs_torch.loading import loader
 from cabs_torch.statistics import BatchStatistics, mean_square
 from cabs_torch.verification import verify
 

@@ -17,13 +17,13 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
 from cabs import PartialStatistics
-from cabs_torch import norms
 from cabs_torch.errors import describe
-from cabs_torch.graph import leaves_behind
+from cabs_torch.graph.reentrant_checkpoints import is_segment
+from cabs_torch.norms import ghost_norms
 from cabs_torch.options import as_groups, at_least
 from cabs_torch.ranks import check_process_group, check_whole, unreduced
-from cabs_torch.segments import is_segment
 from cabs_torch.statistics import BatchStatistics
+from cabs_torch.walk import leaves_behind
 
 
 class Accumulation:
@@ -202,7 +202,7 @@ class Accumulation:
         roots: list[list[Tensor]] = [[] for _ in range(self._count)]
         for parameter in self._parameters:
             if parameter.grad is not None:
-                roots[self._numbers[id(parameter)]].extend(norms.roots(parameter.grad))
+                roots[self._numbers[id(parameter)]].extend(ghost_norms.roots(parameter.grad))
         return roots
 
     def _see(
@@ -220,8 +220,8 @@ class Accumulation:
                 "checkpoints do; use checkpoints with use_reentrant=False"
             )
         seen.add(id(parameter))
-        roots[self._numbers[id(parameter)]].extend(norms.roots(gradients[0]))
+        roots[self._numbers[id(parameter)]].extend(ghost_norms.roots(gradients[0]))
 
     def _summed(self, roots: list[list[Tensor]]) -> Tensor:
-        sums = [norms.squares_of(some, self._device) for some in roots]
+        sums = [ghost_norms.squares_of(some, self._device) for some in roots]
         return torch.stack(sums) if self._is_grouped else sums[0]

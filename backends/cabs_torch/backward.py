@@ -17,15 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cabs_torch import norms
+from cabs.gradients.layout import Layout
 from cabs_torch.errors import describe_some
-from cabs_torch.graph import Policy, Walk
-from cabs_torch.layout import Layout
+from cabs_torch.graph.autograd_nodes import Node
 from cabs_torch.measure import Measurement, Sums, by_group
-from cabs_torch.nodes import Node
+from cabs_torch.norms import ghost_norms
 from cabs_torch.options import Groups, as_groups, at_least
 from cabs_torch.ranks import check_process_group, check_whole, unreduced
 from cabs_torch.statistics import BatchStatistics
+from cabs_torch.walk import Policy, Walk
 
 # Groups of examples for parameters that no rule covers.
 _GROUPS = 4
@@ -159,11 +159,11 @@ def backward(
         return by_group(sums, kept.numbers, kept.count, device)
 
     def summed(sums: Sums) -> Tensor:
-        start = norms.zero(device)
+        start = ghost_norms.zero(device)
         return torch.stack([torch.stack([start, *values]).sum() for values in parts(sums)])
 
     squares = summed(measurement.squares) * (examples / measured_examples) / factor**2
-    roots = [norms.squares_of(vectors, device) for vectors in parts(measurement.roots)]
+    roots = [ghost_norms.squares_of(vectors, device) for vectors in parts(measurement.roots)]
     means = torch.stack(roots) / (factor * examples) ** 2
     squares, means = squares + summed(estimated[0]), means + summed(estimated[1])
     if wanted is None:
@@ -204,13 +204,13 @@ def _by_groups(losses: Tensor, walk: Walk) -> tuple[Sums, Sums]:
         )
         for leaf, gradient in zip(leaves, gradients, strict=True):
             dense = gradient.to_dense() if gradient.is_sparse else gradient
-            between[leaf].append(norms.square(dense) * len(part))
-            share = norms.at_least_single(dense) * (len(part) / examples)
+            between[leaf].append(ghost_norms.square(dense) * len(part))
+            share = ghost_norms.at_least_single(dense) * (len(part) / examples)
             whole[leaf] = whole[leaf] + share if leaf in whole else share
     squares: Sums = {}
     means: Sums = {}
     for leaf in leaves:
-        mean = norms.square(whole[leaf])
+        mean = ghost_norms.square(whole[leaf])
         trace = (torch.stack(between[leaf]).sum() - examples * mean) / (len(parts) - 1)
         squares[leaf] = [trace * (examples - 1) + examples * mean]
         means[leaf] = [mean]

@@ -31,6 +31,14 @@ class UncoveredParameterError(RuntimeError):
     """
 
 
+class HiddenError(Exception):
+    """An operation that can hide parameters from the graph; says how."""
+
+
+class UnknownError(Exception):
+    """An operation without a rule, which has to be tried out."""
+
+
 def uncovered(problem: str, parameters: Sequence[torch.Tensor]) -> UncoveredParameterError:
     """Return the error for what is the matter, and the parameters that it concerns."""
     return UncoveredParameterError(

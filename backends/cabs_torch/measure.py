@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from cabs_torch import norms
-from cabs_torch.graph import Meeting, Outputs, Walk
-from cabs_torch.nodes import Edge, Node, is_leaf, shape_of
-from cabs_torch.segments import watched
-from cabs_torch.terms import Formed, Use, form, total_square_sum
+from cabs_torch.graph.autograd_nodes import Edge, Node, is_leaf, shape_of
+from cabs_torch.graph.reentrant_checkpoints import watched
+from cabs_torch.norms import ghost_norms
+from cabs_torch.norms.per_example import Formed
+from cabs_torch.rules.uses import Use, form, total_square_sum
+from cabs_torch.walk import Meeting, Outputs, Walk
 
 Sums = dict[Node, list[Tensor]]
 """Sums of squares by the parameter that they belong to."""
@@ -40,7 +41,7 @@ class Measurement:
         self.squares: Sums = defaultdict(list)
         """Over examples, of the norms of their shares of a gradient."""
         self.roots: Sums = defaultdict(list)
-        """Vectors with the sum of squares of the gradient itself, see :func:`norms.roots`."""
+        """Vectors with the sum of squares of the gradient itself, see :func:`ghost_norms.roots`."""
         self._examples = examples
         self._chunk = chunk
         self._segments = walk.segments
@@ -120,7 +121,7 @@ class Measurement:
         dtype = root[0]._input_metadata[root[1]].dtype
         self._is_pushing = True
         try:
-            for part in norms.parts(self._examples, math.prod(shape_of(root)), self._chunk):
+            for part in ghost_norms.parts(self._examples, math.prod(shape_of(root)), self._chunk):
                 for row in form(uses, part).to(dtype) if uses else ():
                     gradients: Sequence[Tensor | None] = torch.autograd.grad(
                         GradientEdge(*root),
@@ -131,7 +132,7 @@ class Measurement:
                     )
                     for leaf, gradient in zip(leaves, gradients, strict=True):
                         if gradient is not None and self._sources[leaf] == 1:
-                            self.squares[leaf].append(norms.square(gradient))
+                            self.squares[leaf].append(ghost_norms.square(gradient))
                         elif gradient is not None:
                             pushed[leaf].append(gradient.to_dense())
         finally:
@@ -146,7 +147,7 @@ class Measurement:
         if uses:
             self.squares[leaf].append(total_square_sum(uses, self._chunk))
         if gradient is not None:
-            self.roots[leaf].extend(norms.roots(gradient))
+            self.roots[leaf].extend(ghost_norms.roots(gradient))
 
 
 @contextmanager

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from cabs import GradientStatistics
-from cabs_torch import norms
+from cabs_torch.norms import ghost_norms
 from cabs_torch.options import as_groups
 from cabs_torch.ranks import check_process_group, check_whole
 
@@ -41,7 +41,7 @@ class BatchStatistics(GradientStatistics):
     _copy: Any = field(init=False, repr=False, compare=False, default=None)
 
     def __post_init__(self) -> None:
-        if not norms.is_traced():
+        if not ghost_norms.is_traced():
             # super() does not know the class that slots=True makes.
             GradientStatistics.__post_init__(self)
         sums = torch.stack([self.group_square_sum, self.mean_square])
@@ -108,6 +108,6 @@ def mean_square(parameters: Iterable[Tensor] | Any, *, process_group: Any = None
         id(one) for group in groups for one in group if one.grad is not None
     )
     device = next(gradient.device for gradients in given for gradient in gradients)
-    roots = [[root for one in gradients for root in norms.roots(one)] for gradients in given]
-    sums = [norms.squares_of(some, device) for some in roots]
+    roots = [[root for one in gradients for root in ghost_norms.roots(one)] for gradients in given]
+    sums = [ghost_norms.squares_of(some, device) for some in roots]
     return torch.stack(sums) if isinstance(parameters, torch.optim.Optimizer) else sums[0]

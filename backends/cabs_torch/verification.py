@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cabs import Checked, Verification
+from cabs.gradients import Checked, Verification
+from cabs.gradients.layout import Layout
 from cabs_torch.backward import check_losses
 from cabs_torch.errors import names
-from cabs_torch.graph import Walk, leaves_behind
-from cabs_torch.layout import Layout
+from cabs_torch.graph.autograd_nodes import is_leaf
 from cabs_torch.measure import Measurement
-from cabs_torch.nodes import is_leaf
+from cabs_torch.walk import Walk, leaves_behind
 
 
 def verify(losses_of: Callable[[Any], Tensor], batch: Any) -> Verification:
@@ -36,7 +36,7 @@ def verify(losses_of: Callable[[Any], Tensor], batch: Any) -> Verification:
             its first axis, at least two.
 
     Returns:
-        A :class:`cabs.Verification`: for each parameter the relative error, and the rules
+        A :class:`cabs.gradients.Verification`: for each parameter the relative error, and the rules
         that cover it, or why none does.
 
     Raises:

@@ -56,7 +56,7 @@ class NormTest(Constant):
     def update(self, rate: float, batch: Batch) -> None:  # noqa: ARG002
         """Grow if the batch fails the test."""
         found = batch.statistics
-        asked = cabs.norm_test(
+        asked = cabs.control.norm_test(
             variance_trace=found.variance_trace,
             gradient_square=found.mean_square,
             theta=self._theta,

@@ -84,7 +84,7 @@ class Ratio(Constant):
     def __init__(self, rule: Callable[..., float], square: str, held: int = 0) -> None:
         super().__init__(FIRST)
         self._rule, self._name, self._held = rule, square, held
-        self._trace, self._square = (cabs.DebiasedAverage(SMOOTHING) for _ in range(2))
+        self._trace, self._square = (cabs.control.DebiasedAverage(SMOOTHING) for _ in range(2))
 
     def update(self, rate: float, loss: float, statistics: GradientStatistics | None) -> None:  # noqa: ARG002
         """Take the nearest size to what the rule asks for."""
@@ -144,7 +144,7 @@ def constant(size: int, **training: Any) -> Recipe:
 
 def norm_test(theta: float) -> Recipe:
     """Return the recipe of the norm test that allows a relative deviation."""
-    rule = partial(cabs.norm_test, theta=theta)
+    rule = partial(cabs.control.norm_test, theta=theta)
     return Recipe(lambda: Ratio(rule, "mean_square"))
 
 
@@ -159,7 +159,7 @@ SMOOTHED_FLOOR = -(0.91 * math.log(0.91) + 9 * 0.01 * math.log(0.01))
 RECIPES: dict[str, Recipe] = {
     "CABS": Recipe(coupled()),
     **{f"norm test {theta}": norm_test(theta) for theta in THETAS},
-    "noise scale": Recipe(lambda: Ratio(cabs.noise_scale_rule, "gradient_square", HELD)),
+    "noise scale": Recipe(lambda: Ratio(cabs.control.noise_scale_rule, "gradient_square", HELD)),
     **{f"constant {size}": constant(size) for size in (4, 16, 32, 64, 128, 256, 512)},
     "constant 16, decay": constant(16, is_decayed=True),
     "CABS, decay": Recipe(coupled(), is_decayed=True),

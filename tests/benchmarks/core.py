@@ -61,7 +61,7 @@ def round_trips(count: int) -> tuple[int, Callable[[], None]]:
     controller = cabs.Controller(32)
     controller.update(learning_rate=0.1, variance_trace=1e3, loss=1.5)
     sampler = cabs.BatchSampler(60_000, controller)
-    loader = cabs.Loader(np.arange(60_000).take, sampler)
+    loader = cabs.data.Loader(np.arange(60_000).take, sampler)
     next(iter(loader))
 
     def run() -> None:
@@ -80,7 +80,7 @@ def replay(path: Path, count: int) -> Callable[[], None]:
             log.write(controller.update(learning_rate=0.1, variance_trace=trace, loss=1.5))
 
     def run() -> None:
-        with cabs.Replay(path) as decisions:
+        with cabs.runs.Replay(path) as decisions:
             assert sum(1 for _ in decisions) == count
 
     return run

@@ -15,7 +15,7 @@ OLD, NEW = b"old" * 1000, b"new" * 5000
 # The process kills itself at one of the moments between the first byte and the last.
 DYING = """
 import os, signal, sys
-import cabs.atomic
+import cabs.values.atomic
 from cabs import atomic_write
 
 path, moment = sys.argv[1:]
@@ -24,7 +24,7 @@ def die(*_, **__):
 if moment in ("fsync", "chmod", "replace"):
     setattr(os, moment, die)
 if moment == "folder":
-    cabs.atomic._sync_folder = die
+    cabs.values.atomic._sync_folder = die
 with atomic_write(path) as file:
     file.write(b"new" * 2500)
     if moment == "half":

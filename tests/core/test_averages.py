@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cabs import DebiasedAverage
+from cabs.control import DebiasedAverage
 
 smoothings = st.floats(0.0, 0.999)
 finite = st.floats(-1e6, 1e6)

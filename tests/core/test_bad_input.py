@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given
 
 import cabs
-from cabs import BatchSizes, Controller, Reason
+from cabs import BatchSizes, Controller
+from cabs.control import Reason
 from tests.core.strategies import controllers, feed, observations, strange, updated
 
 pytestmark = pytest.mark.filterwarnings("ignore:the batch size is 1:RuntimeWarning")

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cabs import BatchSizes, Controller, DebiasedAverage, Reason, cabs_rule
+from cabs import BatchSizes, Controller
+from cabs.control import DebiasedAverage, Reason, cabs_rule
 from tests.core.strategies import controllers, feed, observations, ordinary, updated
 
 pytestmark = pytest.mark.filterwarnings("ignore:the batch size is 1:RuntimeWarning")

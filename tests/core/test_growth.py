@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cabs import BatchSampler, Loader
+from cabs import BatchSampler
+from cabs.data import Loader
 from tests.core.runs import controller
 
 lags = st.integers(0, 3)

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cabs import BatchSampler, DrawnBatch, Loader, StreamSampler
+from cabs import BatchSampler, StreamSampler
+from cabs.data import DrawnBatch, Loader
 from tests.core.runs import controller, run
 
 lags = st.integers(0, 3)
@@ -201,7 +202,7 @@ def test_a_batch_that_was_not_handed_out_has_no_state():
     batches = loader()
     first = next(iter(batches))
     assert first
-    with pytest.raises(TypeError, match=r"after must be a cabs\.DrawnBatch"):
+    with pytest.raises(TypeError, match=r"after must be a cabs\.data\.DrawnBatch"):
         batches.state_dict(after=first)
     other = DrawnBatch(3, 0, 2, 2, 0, None)
     with pytest.raises(ValueError, match="got the one from position 0 of epoch 3; keep"):

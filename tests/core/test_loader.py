@@ -13,7 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cabs import BatchSampler, BatchSizes, Controller, Loader, StreamSampler
+from cabs import BatchSampler, BatchSizes, Controller, StreamSampler
+from cabs.data import Loader
 from tests.core.runs import controller, run
 
 examples = st.integers(1, 150)

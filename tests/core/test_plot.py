@@ -6,9 +6,10 @@ import math
 import pytest
 from hypothesis import given, settings
 
-from cabs import Controller, RunLog, initial_state, read_run
+from cabs import Controller, RunLog, read_run
+from cabs.control import initial_state
 from cabs.plot import plot_run
-from cabs.replay import Run
+from cabs.runs.replay import Run
 from tests.core.strategies import controllers, feed, observations, strange
 
 

@@ -9,9 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cabs import BatchSampler, Controller, RunLog, decide, read_run, records
+from cabs import BatchSampler, Controller, RunLog, read_run
 from cabs.__main__ import main
-from cabs.replay import NotDecidedError
+from cabs.control import decide
+from cabs.runs import records
+from cabs.runs.replay import NotDecidedError
 from tests.core.strategies import controllers, feed, observations
 
 pytestmark = pytest.mark.filterwarnings("ignore:the batch size is 1:RuntimeWarning")

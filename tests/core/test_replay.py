@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 
-from cabs import Controller, RunLog, decide, read_run, records
-from cabs.replay import NotDecidedError, Replay
+from cabs import Controller, RunLog, read_run
+from cabs.control import decide
+from cabs.runs import records
+from cabs.runs.replay import NotDecidedError, Replay
 from tests.core.logs import write
 from tests.core.strategies import controllers, feed, observations
 

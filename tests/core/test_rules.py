@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cabs import cabs_rule, noise_scale_rule, norm_test
+from cabs.control import cabs_rule, noise_scale_rule, norm_test
 
 positive = st.floats(1e-6, 1e6)
 

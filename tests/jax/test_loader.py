@@ -59,7 +59,7 @@ class Run:
 
     def __init__(self, source, lag):
         self.controller = cabs.Controller(4, sizes=GRID, smoothing=0.5, loss_floor=0.4)
-        self.loader = cabs.Loader(*source(self.controller), lag=lag)
+        self.loader = cabs.data.Loader(*source(self.controller), lag=lag)
         self.params = {"w": jnp.zeros(5), "b": jnp.zeros(())}
 
     def train(self, steps):

@@ -1,6 +1,7 @@
 """Batches and parameters on meshes of devices, against a loop over the examples and plain JAX."""
 
 from contextlib import nullcontext
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -184,5 +185,30 @@ def test_parameters_that_are_sharded_are_measured_whole(kinds, name):
 def test_verify_takes_examples_out_of_a_batch_that_an_explicit_axis_shards():
     mesh = mesh_of((EXPLICIT, EXPLICIT))
     parameters, batch = placed(mesh, PARAMETERS, P()), placed(mesh, BATCH, P("data"))
+    pictures = {name: jnp.stack([BATCH[name], 0.5 * BATCH[name]], axis=1) for name in ("x", "y")}
+    pictures = placed(mesh, pictures, P("data"))
+
+    def of_both(parameters, example):
+        halves = (jax.tree.map(lambda leaf, at=at: leaf[at], example) for at in range(2))
+        return sum(network(parameters, half) for half in halves)
+
     with jax.set_mesh(mesh):  # JAX wants one where it is not compiled
         assert cabs_jax.verify(network, parameters, batch).error < 1e-5
+        assert cabs_jax.verify(of_both, parameters, pictures).error < 1e-5
+
+
+@pytest.mark.skipif(IS_OLD, reason="JAX has no such gradient")
+@pytest.mark.parametrize("is_sharded", [False, True])
+def test_a_mask_may_lie_anywhere_also_where_a_sample_is_measured(is_sharded):
+    mesh = mesh_of((EXPLICIT, EXPLICIT))
+    with jax.set_mesh(mesh):
+        parameters, batch = placed(mesh, PARAMETERS, P()), placed(mesh, BATCH, P("data"))
+        spec = P("data") if is_sharded else P()
+
+        def step(parameters, batch, count, **options):
+            mask = jax.sharding.reshard(jnp.arange(16) < count, spec)
+            return cabs_jax.value_and_grad(network, **options)(parameters, batch, mask=mask)
+
+        for options in ({}, {"sample": 5}):
+            found = jax.jit(partial(step, **options))(parameters, batch, 13)
+            assert_exact(found, network, examples=slice(13), **{"sampled": 5} if options else {})

@@ -142,10 +142,10 @@ def test_verify_shows_what_was_compared():
 
 
 def test_verify_finds_a_wrong_rule(monkeypatch):
-    from cabs_jax import norms
+    from cabs_jax.norms import ghost_norms
 
-    product = norms.product
-    monkeypatch.setattr(norms, "product", lambda left, right: 2.0 * product(left, right))
+    product = ghost_norms.product
+    monkeypatch.setattr(ghost_norms, "product", lambda left, right: 2.0 * product(left, right))
     assert cabs_jax.verify(loss_fn, PARAMETERS, BATCH).error == pytest.approx(1.0, rel=1e-3)
 
 

@@ -121,3 +121,88 @@ def test_a_group_that_all_devices_share_is_said_to_be_one():
     assert (found.examples, found.groups) == (32, 2)
     assert found.mean_square == pytest.approx((ROWS.mean(axis=0) ** 2).sum(), rel=1e-4)
     assert found.variance_trace == pytest.approx(0.0, abs=1e-3)
+
+
+def on_shards(step, specs):
+    mesh = jax.make_mesh((DEVICES,), ("data",), axis_types=(AxisType.Auto,))
+    return lambda is_checked: jax.shard_map(
+        step, mesh=mesh, in_specs=(specs, P("data")), out_specs=specs, check_vma=is_checked
+    )
+
+
+@pytest.mark.parametrize("is_checked", [False, True])
+def test_a_loss_that_gathers_parameters_is_an_error(is_checked):
+    def gathered(parameters, example):
+        whole = jax.lax.all_gather(parameters["b"], "data", tiled=True)
+        return loss_fn({**parameters, "b": whole}, example)
+
+    def step(parameters, batch):
+        return cabs_jax.value_and_grad(gathered)(cast_all(parameters), batch)[1]
+
+    def cast_all(parameters):
+        return {**parameters, "w": cast(parameters["w"])} if is_checked else parameters
+
+    with pytest.raises(ValueError, match="passes through all_gather over 'data'"):
+        on_shards(step, {"w": P(), "b": P("data")})(is_checked)(PARAMETERS, BATCH)
+
+
+@pytest.mark.parametrize("is_checked", [False, True])
+def test_a_loss_that_sums_over_devices_is_an_error(is_checked):
+    def summed(parameters, example):
+        hidden = jax.lax.psum(jnp.sum(example["x"] * parameters["w"][:, 0]), "data")
+        return (hidden + parameters["b"][0]) ** 2
+
+    def step(parameters, batch):
+        return cabs_jax.value_and_grad(summed)(parameters, batch)[1]
+
+    with pytest.raises(ValueError, match=r"passes through psum\w* over 'data'"):
+        on_shards(step, P())(is_checked)(PARAMETERS, BATCH)
+
+
+@pytest.mark.parametrize("is_checked", [False, True])
+def test_a_collective_that_is_held_fixed_is_exact(is_checked):
+    def centred(parameters, example):
+        mean = jax.lax.pmean(jax.lax.stop_gradient(example["x"]), "data")
+        return loss_fn(parameters, {**example, "x": example["x"] - 0.1 * mean})
+
+    def step(parameters, batch):
+        own = cast(parameters) if is_checked else parameters
+        (_, statistics), _ = cabs_jax.value_and_grad(centred)(own, batch)
+        return statistics.group_square_sum[None]
+
+    mesh = jax.make_mesh((DEVICES,), ("data",), axis_types=(AxisType.Auto,))
+    specs = {"in_specs": (P(), P("data")), "out_specs": P("data"), "check_vma": is_checked}
+    found = jax.shard_map(step, mesh=mesh, **specs)(PARAMETERS, BATCH)
+    # The n-th example of each device meets the n-th of the others.
+    shares = BATCH["x"].reshape(DEVICES, -1, 5)
+    moved = {**BATCH, "x": (shares - 0.1 * shares.mean(axis=0)).reshape(-1, 5)}
+    rows = gradients_one_by_one(loss_fn, PARAMETERS, moved).reshape(DEVICES, -1, ROWS.shape[1])
+    np.testing.assert_allclose(found, (rows**2).sum(axis=(1, 2)), rtol=1e-4)
+
+
+def test_the_gradient_of_a_loss_that_is_the_same_on_all_devices_is_that_of_jax():
+    def same(parameters, example):
+        total = jax.lax.psum(jax.lax.stop_gradient(parameters["w"][0, 0]), "data")
+        return (total + parameters["b"][0] * example["y"][0]) ** 2
+
+    mesh = jax.make_mesh((DEVICES,), ("data",), axis_types=(AxisType.Auto,))
+    specs = {"in_specs": (P(), P()), "out_specs": P()}
+    plain = jax.shard_map(jax.grad(mean_loss(same)), mesh=mesh, **specs)(PARAMETERS, BATCH)
+    measured = jax.shard_map(
+        lambda p, batch: cabs_jax.value_and_grad(same)(p, batch)[1], mesh=mesh, **specs
+    )(PARAMETERS, BATCH)
+    np.testing.assert_allclose(measured["b"], plain["b"], rtol=1e-6)
+
+
+def test_a_device_on_which_no_example_counts_has_a_loss_of_zero():
+    def step(parameters, batch, mask):
+        (loss, _), _ = cabs_jax.value_and_grad(loss_fn)(cast(parameters), batch, mask=mask)
+        return jax.lax.psum(loss * jnp.sum(mask, dtype=loss.dtype), "data")
+
+    mesh = jax.make_mesh((DEVICES,), ("data",), axis_types=(AxisType.Auto,))
+    some = np.arange(16) < 6
+    found = jax.shard_map(step, mesh=mesh, in_specs=(P(), P("data"), P("data")), out_specs=P())(
+        PARAMETERS, BATCH, jnp.asarray(some)
+    )
+    few = jax.tree.map(lambda leaf: leaf[:6], BATCH)
+    assert float(found) / 6 == pytest.approx(float(mean_loss(loss_fn)(PARAMETERS, few)), rel=1e-5)

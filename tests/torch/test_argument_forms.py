@@ -14,9 +14,9 @@ import pytest
 import torch
 
 import cabs_torch
-from cabs_torch import carriers, joins
-from cabs_torch.graph import leaves_behind
-from cabs_torch.nodes import is_leaf, name_of
+from cabs_torch.graph.autograd_nodes import is_leaf, name_of
+from cabs_torch.rules import batch_axis, parameter_gradients
+from cabs_torch.walk import leaves_behind
 from tests.torch.forms import EXAMPLES, FACTORS, GIVEN, Batch, Fixed, Indices, Parameter, X
 
 # Forms of one operation that are tried; more are drawn from at random, the same every time.
@@ -34,7 +34,7 @@ ELSEWHERE = frozenset(
 
 def elementwise_names():
     """Return the operations of the rules for elementwise ones, as their nodes are called."""
-    for name in sorted(carriers.ELEMENTWISE):
+    for name in sorted(batch_axis.ELEMENTWISE):
         snake = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower()
         if snake not in GIVEN and hasattr(torch.ops.aten, snake):
             yield snake
@@ -226,5 +226,11 @@ def test_every_form_is_exact_or_refused_before_any_gradient(name):
 def test_every_rule_was_driven():
     if len(covered) < len(NAMES) // 2:
         pytest.skip("only some of the operations were run")
-    rules = {*joins._JOINS, *joins._FACTORS, *carriers._RULES, *carriers._SPLITTING, "Cat"}
+    rules = {
+        *parameter_gradients._JOINS,
+        *parameter_gradients._FACTORS,
+        *batch_axis._RULES,
+        *batch_axis._SPLITTING,
+        "Cat",
+    }
     assert sorted(rules - covered - ELSEWHERE) == []

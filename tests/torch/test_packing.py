@@ -7,8 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cabs_torch.packing import pack, unpack
-from cabs_torch.workers import Chunk
+from cabs_torch.data.transport import pack, unpack
+from cabs_torch.data.workers import Chunk
 
 leaves = st.one_of(
     st.integers(), st.text(max_size=3), st.none(), st.floats(allow_nan=False),

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import cabs_torch
-from cabs_torch.windows import Windows
+from cabs_torch.norms.convolution import Windows
 from tests.torch.models import squares
 from tests.torch.reference import assert_exact
 

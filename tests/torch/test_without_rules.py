@@ -57,7 +57,7 @@ def test_verify_shows_a_parameter_whose_gradient_is_not_measured(monkeypatch):
     torch.manual_seed(0)
     layer, weight = nn.Linear(WIDTH, WIDTH), nn.Parameter(torch.randn(WIDTH))
     # What a fault of the library would do: say that nothing passes to the weight.
-    monkeypatch.setattr("cabs_torch.graph.positions", lambda *_: None)
+    monkeypatch.setattr("cabs_torch.walk.positions", lambda *_: None)
 
     def losses_of(inputs):
         return Scaled.apply(layer(inputs), weight.exp()).square().sum(dim=1)

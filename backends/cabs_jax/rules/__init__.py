@@ -1,0 +1,4 @@
+"""How a parameter meets an example in an operation, and what its gradient is made of.
+
+What no rule accepts, the derivative of the operation itself tells. Imports ``cabs_jax.norms``.
+"""

@@ -1,0 +1,37 @@
+"""The batch size of the next step: rules, averages, allowed sizes, decisions, and their state.
+
+``decide`` is a pure function of configuration, state and observation; ``Controller`` holds the
+state between the calls. Imports ``cabs.values`` alone; knows nothing of data and frameworks.
+"""
+
+from cabs.control.averages import DebiasedAverage
+from cabs.control.configuration import Configuration
+from cabs.control.controller import Controller
+from cabs.control.decision import (
+    Averages,
+    Decision,
+    Observation,
+    Reason,
+    State,
+    decide,
+    initial_state,
+)
+from cabs.control.rules import cabs_rule, noise_scale_rule, norm_test
+from cabs.control.sizes import BatchSizes
+
+__all__ = [
+    "Averages",
+    "BatchSizes",
+    "Configuration",
+    "Controller",
+    "DebiasedAverage",
+    "Decision",
+    "Observation",
+    "Reason",
+    "State",
+    "cabs_rule",
+    "decide",
+    "initial_state",
+    "noise_scale_rule",
+    "norm_test",
+]

@@ -1,0 +1,254 @@
+"""The object that a training loop talks to: it keeps the state, and a pure function decides.
+
+Guarantees: ``update`` either raises and changes nothing, or returns a decision; after a round
+trip of its state through JSON every later decision is the same to the bit.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from typing import Any
+
+from cabs.control.configuration import DEFAULT_SIZES, Configuration
+from cabs.control.decision import Decision, Observation, Reason, decide, initial_state, is_due
+from cabs.control.sizes import BatchSizes
+from cabs.control.state import carry_over, read_state, write_state
+from cabs.values.scalars import Scalar, Scalars, as_float, as_floats
+
+
+class Controller:
+    r"""Chooses the size of the next batch, by the CABS rule.
+
+    .. math:: m = \frac{\eta \, \mathrm{tr}(\Sigma)}{F - F_*}
+
+    Balles, Romero, Hennig: "Coupling Adaptive Batch Sizes with Learning Rates", UAI 2017, arXiv
+    1612.05086, equation 22. Variance and loss are averaged exponentially; the value is moved to the
+    nearest allowed size.
+
+    Args:
+        batch_size: Size of the first batch, in examples; one of ``sizes``.
+        sizes: The sizes allowed: a :class:`cabs.BatchSizes`, or integers one by one. Within-batch
+            statistics need at least 2.
+        smoothing: Constant of the exponential averages, in [0, 1).
+        debias: Whether the averages are free of a bias towards their start. Without, they start
+            at a variance of 0 and a loss of 1, as published.
+        loss_floor: :math:`F_*`, the smallest loss that can be reached: 0 for cross-entropy with
+            plain labels.
+        hysteresis: Keep the size unless the rule asks for a change with this relative margin to
+            spare; 0 follows every change. Saves compilations where each size needs one.
+        max_growth: Grow at most this many times at one step, though always to the next allowed
+            size if the rule asks for it; None sets no limit.
+        every: Measure the variance at every so many steps; see :attr:`due`.
+
+    Raises:
+        TypeError: If an argument is of the wrong kind.
+        ValueError: If one is out of its range, or ``batch_size`` is not allowed by ``sizes``.
+
+    Example:
+        >>> controller = Controller(32, sizes=BatchSizes.range(16, 512))
+        >>> decision = controller.update(learning_rate=0.1, variance_trace=900.0, loss=1.5)
+        >>> decision.batch_size, decision.reason.value
+        (60, 'rule')
+        >>> controller.batch_size
+        60
+    """
+
+    def __init__(
+        self,
+        batch_size: int,
+        *,
+        sizes: BatchSizes | Iterable[int] = DEFAULT_SIZES,
+        smoothing: float = 0.95,
+        debias: bool = True,
+        loss_floor: float = 0.0,
+        hysteresis: float = 0.0,
+        max_growth: float | None = None,
+        every: int = 1,
+    ) -> None:
+        self._start(
+            Configuration(
+                batch_size=batch_size,
+                sizes=sizes if isinstance(sizes, BatchSizes) else BatchSizes(sizes),
+                smoothing=smoothing,
+                debias=debias,
+                loss_floor=loss_floor,
+                hysteresis=hysteresis,
+                max_growth=max_growth,
+                every=every,
+            )
+        )
+
+    def _start(self, configuration: Configuration) -> None:
+        self._configuration = configuration
+        self._state = initial_state(configuration)
+
+    @classmethod
+    def as_published(
+        cls, batch_size: int = 16, *, minimum: int = 16, maximum: int = 2048
+    ) -> Controller:
+        """Return a controller that decides as the authors' TensorFlow code does, to the bit.
+
+        Averages with constant 0.95 in single precision, from a variance of 0 and a loss of 1, not
+        debiased; the value rounded half to even, then clipped. Give it the biased variance
+        (:attr:`cabs.GradientStatistics.biased_variance_trace`), as that code computes it. Where
+        that code has no sound answer, for a value that is not finite or an averaged loss that is
+        not positive, this one holds.
+
+        Example:
+            >>> controller = Controller.as_published()
+            >>> controller.update(learning_rate=0.1, variance_trace=5e4, loss=2.3).batch_size
+            235
+        """
+        return cls.from_configuration(
+            Configuration(
+                batch_size=batch_size,
+                sizes=BatchSizes.range(minimum, maximum),
+                debias=False,
+                single_precision=True,
+            )
+        )
+
+    @classmethod
+    def from_configuration(cls, configuration: Configuration) -> Controller:
+        """Return a new controller with these settings, for example those of a run log."""
+        controller = cls.__new__(cls)
+        controller._start(configuration)
+        return controller
+
+    @property
+    def batch_size(self) -> int:
+        """Size of the next batch, in examples."""
+        return self._state.batch_size
+
+    @property
+    def due(self) -> bool:
+        """Whether the next :meth:`update` must be given the variance.
+
+        With ``every=k``, true at one step in k, and until a finite variance has been given.
+        """
+        return is_due(self._configuration, self._state)
+
+    @property
+    def step(self) -> int:
+        """How many times :meth:`update` has decided."""
+        return self._state.step
+
+    @property
+    def held_steps(self) -> int:
+        """How many of these decisions held the batch size for want of a value of the rule."""
+        return self._state.held
+
+    @property
+    def configuration(self) -> Configuration:
+        """The settings, immutable."""
+        return self._configuration
+
+    def update(
+        self, *, learning_rate: Scalars, loss: Scalar, variance_trace: Scalars | None = None
+    ) -> Decision:
+        r"""Take in what one step showed, and set :attr:`batch_size`.
+
+        A number may be a Python or NumPy number, or a 0-d array or tensor of any framework;
+        reading a tensor waits for its device.
+
+        Args:
+            learning_rate: :math:`\eta`, or one per parameter group; with momentum :math:`\beta`,
+                :math:`\eta / (1 - \beta)`.
+            loss: Mean loss of the batch.
+            variance_trace: Estimate of :math:`\mathrm{tr}(\Sigma)` for one example's gradient
+                (:attr:`cabs.GradientStatistics.variance_trace`), or one per parameter group. May be
+                left out where :attr:`due` is false; the average then stays.
+
+        Returns:
+            The decision. A value that is not finite never reaches the averages: the size is held,
+            and the decision says so.
+
+        Raises:
+            TypeError: If an argument is no number.
+            ValueError: If a learning rate is negative, a variance that is due is missing, or the
+                numbers of parameter groups do not fit. Nothing has changed then.
+
+        Example:
+            Two parameter groups, and a step without a measurement:
+
+            >>> controller = Controller(16, every=2)
+            >>> decision = controller.update(
+            ...     learning_rate=[0.1, 0.01], variance_trace=[300.0, 1000.0], loss=1.0
+            ... )
+            >>> decision.batch_size, controller.due
+            (40, False)
+            >>> controller.update(learning_rate=[0.1, 0.01], loss=1.0).batch_size
+            40
+        """
+        observation = Observation(
+            as_floats(learning_rate, "learning_rate"),
+            None if variance_trace is None else as_floats(variance_trace, "variance_trace"),
+            as_float(loss, "loss"),
+        )
+        state, decision = decide(self._configuration, self._state, observation)
+        if decision.batch_size == 1 and decision.reason is Reason.VARIANCE_NOT_FINITE:
+            warnings.warn(
+                "the batch size is 1 and the variance is not finite: one example shows no "
+                "variance, so a run can stay here for ever; allow sizes of at least 2, or estimate "
+                "the variance from groups",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        # Last, since a warning can be an error, and then nothing is to have changed.
+        self._state = state
+        return decision
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the settings and the state as plain values that JSON can hold.
+
+        Example:
+            >>> controller = Controller(16)
+            >>> _ = controller.update(learning_rate=0.1, variance_trace=400.0, loss=1.0)
+            >>> resumed = Controller(16)
+            >>> resumed.load_state_dict(controller.state_dict())
+            >>> resumed.batch_size
+            40
+        """
+        return write_state(self._configuration, self._state)
+
+    def load_state_dict(
+        self, state_dict: dict[str, Any], *, changed_settings: bool = False
+    ) -> None:
+        """Go on from a state that :meth:`state_dict` returned.
+
+        Args:
+            state_dict: The state.
+            changed_settings: Whether it may come from a controller with other settings, as when a
+                run goes on where there is less memory. The averages stay, so ``smoothing``,
+                ``debias`` and the published mode must be equal; the batch size moves to the nearest
+                that is allowed here. A run log does not go on through such a change: begin a new
+                one.
+
+        Raises:
+            ValueError: If it is no such state, is of another version, or belongs to a controller
+                with other settings; the message says which. Nothing has changed then.
+
+        Example:
+            >>> controller = Controller(64, sizes=BatchSizes.range(16, 512))
+            >>> smaller = Controller(16, sizes=BatchSizes.range(16, 48))
+            >>> smaller.load_state_dict(controller.state_dict(), changed_settings=True)
+            >>> smaller.batch_size
+            48
+        """
+        configuration, state = read_state(state_dict)
+        if changed_settings:
+            state = carry_over(configuration, state, self._configuration)
+        elif configuration != self._configuration:
+            raise ValueError(
+                "this state belongs to a controller with other settings: "
+                f"{self._configuration.difference(configuration)}; build the controller with the "
+                "settings it was saved with, or load the state with changed_settings=True"
+            )
+        self._state = state
+
+    def __repr__(self) -> str:
+        return (
+            f"Controller(batch_size={self.batch_size}, step={self.step}, "
+            f"held_steps={self.held_steps})"
+        )

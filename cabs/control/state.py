@@ -1,0 +1,107 @@
+"""A controller's settings and state as plain values, and back.
+
+Guarantees: what was written reads back equal to the bit, through JSON too; what was not written by
+a controller is refused with the reason, never misread.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+from cabs.control.configuration import Configuration
+from cabs.control.decision import Averages, State, is_due
+from cabs.values.formats import check_mark, check_whole
+
+_FORMAT = "cabs.control.controller"
+_VERSION = 1
+
+
+def write_state(configuration: Configuration, state: State) -> dict[str, Any]:
+    """Return settings and state as plain values that JSON can hold."""
+    values = {**state._asdict(), **state.averages._asdict()}
+    del values["averages"]
+    return {
+        "format": _FORMAT,
+        "version": _VERSION,
+        "configuration": configuration.to_json(),
+        "state": {**values, "variance_trace": list(state.averages.variance_trace)},
+    }
+
+
+def read_state(state_dict: Any) -> tuple[Configuration, State]:
+    """Return what a controller's state dictionary holds; ValueError if it is none."""
+    check_mark(state_dict, "this", "state of a controller", _FORMAT, _VERSION)
+    check_whole(state_dict, ("format", "version", "configuration", "state"))
+    configuration = Configuration.from_json(state_dict["configuration"])
+    values = state_dict["state"]
+    try:
+        if not isinstance(values, dict) or set(values) != _KINDS.keys():
+            holds = sorted(map(str, values)) if isinstance(values, dict) else repr(values)[:80]
+            raise ValueError(f"it holds {holds}, expected {sorted(_KINDS)}")
+        for name, is_sound in _KINDS.items():
+            if not is_sound(values[name]):
+                raise ValueError(f"it has {name} = {values[name]!r}")
+        averages = Averages(
+            tuple(map(float, values["variance_trace"])),
+            *(float(values[name]) for name in Averages._fields[1:]),
+        )
+        plain = {name: values[name] for name in State._fields if name != "averages"}
+        plain["learning_rate_factor"] = float(plain["learning_rate_factor"])
+        state = State(**plain, averages=averages)
+        if state.batch_size not in configuration.sizes:
+            raise ValueError(f"it has batch_size = {state.batch_size}, which its sizes exclude")
+        most = (1.0 + 1e-9) / (1.0 - configuration.smoothing)
+        if state.held > state.step or state.age < 1:
+            raise ValueError("its counts contradict each other")
+        if not averages.variance_weight <= averages.loss_weight <= most:
+            raise ValueError("its averages weigh more than they can")
+        measured = bool(averages.variance_trace)
+        weighted = averages.variance_weight > 0.0
+        unseen = averages.loss_weight == 0.0 and state.step > state.held
+        if measured != weighted or unseen or not (measured or is_due(configuration, state)):
+            raise ValueError("its averages and their weights contradict each other")
+    except (TypeError, AttributeError, OverflowError, ValueError) as error:
+        raise ValueError(f"this state is damaged: {error}") from error
+    return configuration, state
+
+
+def carry_over(before: Configuration, state: State, after: Configuration) -> State:
+    """Return a state under other settings; ValueError if its averages mean nothing under them."""
+    kept = {name: getattr(before, name) for name in ("smoothing", "debias", "single_precision")}
+    unlike = dataclasses.replace(after, **kept).difference(after)
+    if unlike:
+        raise ValueError(
+            f"the averages of this state are of another kind: {unlike}; these settings cannot "
+            "change within a run"
+        )
+    # Where nothing was measured yet, a measurement stays due.
+    age = state.age if state.averages.variance_trace else max(state.age, after.every)
+    return state._replace(batch_size=after.sizes.nearest(state.batch_size), age=age)
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _is_finite(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def _is_weight(value: Any) -> bool:
+    return _is_finite(value) and value >= 0.0
+
+
+# What each value of a state must be.
+_KINDS: dict[str, Any] = {
+    "step": _is_count,
+    "held": _is_count,
+    "age": _is_count,
+    "batch_size": _is_count,
+    "learning_rate_factor": lambda value: _is_finite(value) and 0.0 < value <= 1.0,
+    "variance_trace": lambda value: isinstance(value, list) and all(map(_is_finite, value)),
+    "variance_weight": _is_weight,
+    "loss": _is_finite,
+    "loss_weight": _is_weight,
+}
