@@ -30,5 +30,9 @@ napoleon_numpy_docstring = False
 tensorflow.function = partial(tensorflow.function, autograph=False)
 doctest_global_setup = """
 from cabs import *
+from cabs.control import *
+from cabs.data import *
+from cabs.gradients import *
+from cabs.runs import *
 """
 exclude_patterns = ["_build"]

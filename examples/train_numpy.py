@@ -34,7 +34,7 @@ class Trainer:
             examples=len(inputs),
             groups=len(inputs),
             group_square_sum=float(example_squares.sum()),
-            mean_square=float((weight_gradient**2).sum() + (bias_gradient**2).sum()),
+            gradient_norm_squared=float((weight_gradient**2).sum() + (bias_gradient**2).sum()),
         )
         self.weight -= learning_rate * weight_gradient
         self.bias -= learning_rate * bias_gradient

@@ -91,8 +91,9 @@ def value_and_grad(
             found.examples.astype(jnp.int32),
             found.examples.astype(jnp.int32),
             total,
-            found.mean_square,
+            found.gradient_norm_squared,
             found.estimated.astype(jnp.int32),
+            found.loss,
             found.summed,
         )
         if has_aux:
@@ -111,7 +112,7 @@ class Result:
         aux: What else the loss function gives.
         gradients: A tuple, one entry for each argument that is differentiated.
         summed: Over which axes of a mesh JAX adds up gradients, as they are given here.
-        mean_square: The squared norm of the gradient, before that.
+        gradient_norm_squared: The squared norm of the gradient, before that.
         squares: For each leaf of these, in order, the sum over examples of squared norms.
         leaves: What each of these is called, and how it was measured.
         examples: How many there are.
@@ -122,7 +123,7 @@ class Result:
     aux: Any
     gradients: tuple[Any, ...]
     summed: tuple[str, ...]
-    mean_square: Array
+    gradient_norm_squared: Array
     squares: list[Array]
     leaves: dict[str, Leaf]
     examples: Array

@@ -98,11 +98,11 @@ class PartialStatistics:
         total: PartialStatistics = jax.tree.map(jnp.add, self, other)
         return total
 
-    def complete(self, gradients: Any) -> BatchStatistics:
+    def complete(self, gradients: Any, *, loss: Any = None) -> BatchStatistics:
         """Return the statistics of all examples together, from their mean gradient, a pytree.
 
         The gradient is the mean over all examples, never a mean of means of groups that differ in
-        size.
+        size. ``loss``, their mean loss, is kept with the statistics.
 
         Raises:
             ValueError: If there is no gradient; or, inside ``shard_map`` that checks it, if one of
@@ -115,6 +115,7 @@ class PartialStatistics:
             self.group_square_sum,
             square_of(gradients),
             self.estimated,
+            loss,
         )
 
 
@@ -128,8 +129,9 @@ class BatchStatistics:
         groups: :math:`K`.
         group_square_sum: :math:`\sum_k m_k |g_k|^2`, with :math:`g_k` the mean gradient of a
             group.
-        mean_square: :math:`|g|^2`, of the mean gradient over all examples.
+        gradient_norm_squared: :math:`|g|^2`, of the mean gradient over all examples.
         estimated: How many of the groups were not measured themselves but estimated from a sample.
+        loss: Mean loss of the examples, None if it is not known.
         summed: Over which axes of a mesh the gradients that came with the statistics are added up
             already, because ``shard_map`` knows that parameters are the same all along them. The
             statistics are those of this device's own examples, and of the gradient before that.
@@ -142,15 +144,16 @@ class BatchStatistics:
         >>> batch = jnp.array([[1.0], [2.0], [3.0], [6.0]])
         >>> (loss, statistics), gradient = cabs_jax.value_and_grad(loss_fn)(jnp.ones(1), batch)
         >>> numbers = statistics.read()
-        >>> numbers.group_square_sum, numbers.mean_square
+        >>> numbers.group_square_sum, numbers.gradient_norm_squared
         (50.0, 9.0)
     """
 
     examples: Any
     groups: Any
     group_square_sum: Any
-    mean_square: Any
+    gradient_norm_squared: Any
     estimated: Any = _NONE
+    loss: Any = None
     summed: tuple[str, ...] = field(default=(), metadata={"static": True})
 
     @property
@@ -173,15 +176,17 @@ class BatchStatistics:
         r"""Unbiased estimate of :math:`\mathrm{tr}(\Sigma)`; ``nan`` for a single group."""
         dtype = jnp.asarray(self.group_square_sum).dtype
         examples, groups = (jnp.asarray(n).astype(dtype) for n in (self.examples, self.groups))
-        spread = self.group_square_sum - examples * self.mean_square
+        spread = self.group_square_sum - examples * self.gradient_norm_squared
         trace: Array = jnp.where(groups > 1, spread / jnp.maximum(groups - 1, 1), jnp.nan)
         return trace
 
     @property
-    def gradient_square(self) -> Array:
+    def expected_gradient_norm_squared(self) -> Array:
         """Unbiased estimate of the squared norm of the expected gradient; can be negative."""
         trace = self.variance_trace
-        square: Array = self.mean_square - trace / jnp.asarray(self.examples).astype(trace.dtype)
+        square: Array = self.gradient_norm_squared - trace / jnp.asarray(self.examples).astype(
+            trace.dtype
+        )
         return square
 
     def read(self) -> GradientStatistics:
@@ -191,12 +196,15 @@ class BatchStatistics:
             ValueError: If they are numbers that no gradients can have; see
                 :class:`cabs.GradientStatistics`.
         """
-        numbers = jax.device_get((self.group_square_sum, self.mean_square))
-        square_sum, mean_square = map(_plain, numbers)
-        examples, groups, estimated = map(
-            int, jax.device_get((self.examples, self.groups, self.estimated))
+        found = jax.device_get(self)
+        examples, groups, estimated = map(int, (found.examples, found.groups, found.estimated))
+        square_sum, gradient_norm_squared = map(
+            _plain, (found.group_square_sum, found.gradient_norm_squared)
         )
-        return GradientStatistics(examples, groups, square_sum, mean_square, estimated)
+        loss = None if found.loss is None else float(found.loss)
+        return GradientStatistics(
+            examples, groups, square_sum, gradient_norm_squared, estimated, loss
+        )
 
 
 def _check_own(gradients: Any, axis_name: str | Sequence[str] | None) -> None:

@@ -7,7 +7,7 @@ replica out of several are never taken for those of the batch.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Optional
 
 import tensorflow as tf
 
@@ -88,11 +88,12 @@ class PartialStatistics(tf.experimental.ExtensionType):
             max(self.replicas, other.replicas),
         )
 
-    def complete(self, gradients: Any) -> BatchStatistics:
+    def complete(self, gradients: Any, *, loss: Any = None) -> BatchStatistics:
         """Return the statistics of all examples together, from their mean gradient.
 
         The gradient is the mean over all examples, never a mean of means of groups that differ in
-        size, nor that of one replica out of several.
+        size, nor that of one replica out of several. ``loss``, their mean loss, is kept with the
+        statistics.
 
         Raises:
             ValueError: If it holds the groups of some replicas only, or the gradients are a
@@ -116,6 +117,7 @@ class PartialStatistics(tf.experimental.ExtensionType):
             self.group_square_sum,
             tf.cast(square, self.dtype),
             self.estimated,
+            loss,
         )
 
     @property
@@ -132,9 +134,10 @@ class BatchStatistics(tf.experimental.ExtensionType):
         groups: :math:`K`, int32.
         group_square_sum: :math:`\sum_k m_k |g_k|^2`, with :math:`g_k` the mean gradient of a
             group.
-        mean_square: :math:`|g|^2`, of the mean gradient over all examples.
+        gradient_norm_squared: :math:`|g|^2`, of the mean gradient over all examples.
         estimated: How many of the groups were not measured themselves but estimated from a sample
             of them, int32.
+        loss: Mean loss of the examples, None if it is not known.
 
     See :class:`cabs.GradientStatistics` for what they tell.
 
@@ -148,15 +151,16 @@ class BatchStatistics(tf.experimental.ExtensionType):
         ...     return tape.gradient(losses, [weight])
         >>> gradients, statistics = measured(tf.constant([1.0, 2.0, 3.0, 6.0]))
         >>> numbers = statistics.read()
-        >>> numbers.group_square_sum, numbers.mean_square
+        >>> numbers.group_square_sum, numbers.gradient_norm_squared
         (50.0, 9.0)
     """
 
     examples: tf.Tensor
     groups: tf.Tensor
     group_square_sum: tf.Tensor
-    mean_square: tf.Tensor
+    gradient_norm_squared: tf.Tensor
     estimated: tf.Tensor = 0
+    loss: Optional[tf.Tensor] = None  # noqa: UP045  (TensorFlow reads it)
 
     @property
     def partial(self) -> PartialStatistics:
@@ -168,16 +172,16 @@ class BatchStatistics(tf.experimental.ExtensionType):
         r"""Unbiased estimate of :math:`\mathrm{tr}(\Sigma)`; ``nan`` for a single group."""
         dtype = self.group_square_sum.dtype
         examples, groups = tf.cast(self.examples, dtype), tf.cast(self.groups, dtype)
-        spread = self.group_square_sum - examples * self.mean_square
+        spread = self.group_square_sum - examples * self.gradient_norm_squared
         # One group shows no variance, whatever rounding leaves of it.
         nan = tf.constant(float("nan"), dtype)
         return tf.where(self.groups > 1, spread / tf.maximum(groups - 1, 1), nan)
 
     @property
-    def gradient_square(self) -> Any:
+    def expected_gradient_norm_squared(self) -> Any:
         r"""Unbiased estimate of the squared norm of the expected gradient; can be negative."""
-        return self.mean_square - self.variance_trace / tf.cast(
-            self.examples, self.mean_square.dtype
+        return self.gradient_norm_squared - self.variance_trace / tf.cast(
+            self.examples, self.gradient_norm_squared.dtype
         )
 
     def read(self) -> GradientStatistics:
@@ -196,8 +200,9 @@ class BatchStatistics(tf.experimental.ExtensionType):
             int(self.examples),
             int(self.groups),
             float(self.group_square_sum),
-            float(self.mean_square),
+            float(self.gradient_norm_squared),
             int(self.estimated),
+            None if self.loss is None else float(self.loss),
         )
 
     def __add__(self, other: Any) -> Any:

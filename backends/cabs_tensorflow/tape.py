@@ -147,15 +147,22 @@ class GradientTape:
         ]
         dtype = ghost_norms.sum_type([one for one in given if one is not None])
         total = tf.add_n([tf.cast(one, dtype) for one in sums])
-        mean_square = tf.cast(ghost_norms.square_of(given), dtype)
+        gradient_norm_squared = tf.cast(ghost_norms.square_of(given), dtype)
         count = tf.cast(examples, dtype)
         # An example's gradient is m times its share of the mean's.
         share = count**2 * (count / tf.cast(measurement.taken, dtype))
         if loss_scale is not None:
             scale = tf.cast(loss_scale, dtype) ** 2
-            share, mean_square = share / scale, mean_square / scale
+            share, gradient_norm_squared = share / scale, gradient_norm_squared / scale
         estimated = examples - measurement.taken
-        statistics = BatchStatistics(examples, examples, total * share, mean_square, estimated)
+        statistics = BatchStatistics(
+            examples,
+            examples,
+            total * share,
+            gradient_norm_squared,
+            estimated,
+            tf.reduce_mean(losses),
+        )
         return tf.nest.pack_sequence_as(sources, gradients), statistics
 
 

@@ -8,7 +8,7 @@ from cabs_torch.backward import backward
 from cabs_torch.compiled import CompiledStep, compile  # noqa: A004
 from cabs_torch.data.loader import loader
 from cabs_torch.errors import UncoveredParameterError
-from cabs_torch.statistics import BatchStatistics, mean_square
+from cabs_torch.statistics import BatchStatistics, gradient_norm_squared
 from cabs_torch.verification import verify
 
 __all__ = [
@@ -18,7 +18,7 @@ __all__ = [
     "UncoveredParameterError",
     "backward",
     "compile",
+    "gradient_norm_squared",
     "loader",
-    "mean_square",
     "verify",
 ]

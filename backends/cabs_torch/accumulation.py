@@ -78,7 +78,7 @@ class Accumulation:
             raise ValueError("parameters must hold one that requires gradients, got none")
         self._device = self._parameters[0].device
         self._batch_size = batch_size
-        self._partial = PartialStatistics()
+        self._partial, self._loss = PartialStatistics(), ghost_norms.zero(self._device)
         self._seen: set[int] = set()
         self._scale: Tensor | float = 1.0
         self._before = self._roots_of_gradients()
@@ -145,6 +145,7 @@ class Accumulation:
                 hook.remove()
         self._is_broken = False
         self._seen |= seen
+        self._loss = self._loss + share * loss.detach().to(self._device, torch.float64)
         self._versions = self._states()
         summed = self._summed(roots) / (share * self._scale) ** 2
         self._partial += PartialStatistics.of_group(examples, summed)
@@ -173,10 +174,10 @@ class Accumulation:
         squares = self._summed(self._roots_of_gradients()) / self._scale**2
         # No branch, which would wait for the device.
         nothing = torch.where(self._summed(self._before) == 0.0, 0.0, torch.nan)
+        loss, self._loss = self._loss, ghost_norms.zero(self._device)
         self._partial, self._seen = PartialStatistics(), set()
-        return BatchStatistics(
-            whole.examples, whole.groups, whole.group_square_sum + nothing, squares
-        )
+        square_sum = whole.group_square_sum + nothing
+        return BatchStatistics(whole.examples, whole.groups, square_sum, squares, loss=loss)
 
     def _check_gradients(self) -> None:
         """Raise RuntimeError if gradients are not those of the microbatches so far."""

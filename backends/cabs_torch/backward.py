@@ -37,7 +37,7 @@ _left_out: dict[int, weakref.ref[Tensor]] = {}
 def backward(
     losses: Tensor,
     *,
-    groups: Any = None,
+    parameter_groups: Any = None,
     sample: int | None = None,
     chunk: int | None = None,
     uncovered: Policy = "error",
@@ -56,7 +56,7 @@ def backward(
         losses: One loss an example, shape (m,) with m at least 2, floating point, with a graph.
             The examples may lie along any axis inside the model, as long as no operation mixes
             them. Several losses of a model are added first.
-        groups: Parameter groups, for one trace a group: an optimizer, or an iterable of iterables
+        parameter_groups: For one trace a group: an optimizer, or an iterable of iterables
             of parameters, as many as the controller has learning rates. Then the sums are tensors
             of shape (groups,). Parameters in none of them are left out.
         sample: Over how many examples norms are taken, the first ones, at least 1; all by default.
@@ -65,13 +65,13 @@ def backward(
         chunk: How many examples' gradients to form at a time, where they are formed only to be
             squared; by default as many as 4 MiB of temporaries allow.
         uncovered: What to do about parameters whose norms cannot be had exactly. ``"error"``
-            raises; ``"groups"`` estimates their share of the variance from four groups of the
+            raises; ``"microbatches"`` estimates their share of the variance from four groups of the
             batch, with a backward pass for each; ``"ignore"`` leaves them out, with a warning once
             and the share of the others in the result's ``measured``.
         batch_size: Where ``losses`` are a microbatch, how many examples the whole batch has. The
             gradients are then those of ``losses.sum() / batch_size``, so that those of all
             microbatches add up to the batch's; add the statistics' ``partial``, and complete the
-            sum with :func:`cabs_torch.mean_square`.
+            sum with :func:`cabs_torch.gradient_norm_squared`.
         scaler: A ``torch.amp.GradScaler``, which scales the loss before the backward pass. The
             statistics are those of the loss before, also if ``losses`` overflow then (not finite,
             at which a controller holds).
@@ -82,7 +82,7 @@ def backward(
     Returns:
         :class:`cabs_torch.BatchStatistics`, with groups of one example, over all parameters that
         the losses depend on. Its sums are float64 tensors on the device of ``losses``, in squared
-        units of the gradient, 0-d unless ``groups`` is given.
+        units of the gradient, 0-d unless ``parameter_groups`` are given.
 
     Raises:
         TypeError: If ``losses`` is no tensor, or not of a real floating-point type.
@@ -109,23 +109,23 @@ def backward(
     measured_examples = at_least(sample, "sample", 1, examples)
     at_least(chunk, "chunk", 1, None)
     at_least(batch_size, "batch_size", examples, None)
-    if uncovered not in ("error", "groups", "ignore"):
+    if uncovered not in ("error", "microbatches", "ignore"):
         raise ValueError(
-            f"uncovered must be 'error', 'groups' or 'ignore', got uncovered = {uncovered!r}"
+            f"uncovered must be 'error', 'microbatches' or 'ignore', got uncovered = {uncovered!r}"
         )
     check_process_group(process_group)
-    wanted = None if groups is None else as_groups(groups)
+    wanted = None if parameter_groups is None else as_groups(parameter_groups)
     start = Layout((examples,), 1, examples)
     numbers = None if wanted is None else wanted.numbers
     walk = Walk([(losses, start)], strict=uncovered == "error", wanted=numbers)
     measured = walk.measured
-    found = {**walk.leaves, **walk.hidden, **(walk.refused if uncovered == "groups" else {})}
+    found = {**walk.leaves, **walk.hidden, **(walk.refused if uncovered == "microbatches" else {})}
     if wanted is not None:
         wanted.check_measured(found)
     if not found:
         raise ValueError(
             "losses must depend on a parameter that can be measured, got none; are all of them "
-            "frozen, left out by groups= or uncovered='ignore', or used under no_grad?"
+            "frozen, left out by parameter_groups= or uncovered='ignore', or used under no_grad?"
         )
     if uncovered == "ignore" and _are_news(walk):
         missing = [leaf.variable for leaf in walk.refused.values()]
@@ -135,7 +135,7 @@ def backward(
             f"{describe_some(missing)}",
             stacklevel=2,
         )
-    estimated = _by_groups(losses, walk) if uncovered == "groups" else ({}, {})
+    estimated = _from_microbatches(losses, walk) if uncovered == "microbatches" else ({}, {})
     share = []
     with ExitStack() as hooks:
         last = losses.grad_fn
@@ -168,8 +168,10 @@ def backward(
     squares, means = squares + summed(estimated[0]), means + summed(estimated[1])
     if wanted is None:
         squares, means = squares.squeeze(0), means.squeeze(0)
+    estimated_examples = examples - measured_examples
+    mean_loss = losses.detach().double().mean()
     return BatchStatistics(
-        examples, examples, squares, means, examples - measured_examples, measured=measured
+        examples, examples, squares, means, estimated_examples, mean_loss, measured
     )
 
 
@@ -181,7 +183,7 @@ def _are_news(walk: Walk) -> bool:
     return not all(known)
 
 
-def _by_groups(losses: Tensor, walk: Walk) -> tuple[Sums, Sums]:
+def _from_microbatches(losses: Tensor, walk: Walk) -> tuple[Sums, Sums]:
     """Estimate what no rule covers from groups of examples, with a backward pass for each.
 
     Returns what makes the formula for groups of one give the estimate from larger groups.
@@ -191,8 +193,8 @@ def _by_groups(losses: Tensor, walk: Walk) -> tuple[Sums, Sums]:
         return {}, {}
     if walk.segments:
         raise ValueError(
-            "uncovered='groups' does not work with reentrant checkpoints; use checkpoints with "
-            "use_reentrant=False"
+            "uncovered='microbatches' does not work with reentrant checkpoints; use checkpoints "
+            "with use_reentrant=False"
         )
     examples = len(losses)
     parts = losses.tensor_split(min(_GROUPS, examples))

@@ -45,13 +45,13 @@ class CompiledStep:
         self,
         model: nn.Module,
         losses_of: Callable[..., Tensor],
-        groups: Any,
+        parameter_groups: Any,
         process_group: Any,
         options: dict[str, Any],
         compiler: dict[str, Any],
     ) -> None:
         self._step = _Step(model, losses_of)
-        self._groups = None if groups is None else as_groups(groups)
+        self._groups = None if parameter_groups is None else as_groups(parameter_groups)
         self._process_group = process_group
         self._options = options
         self._compiler = {"fullgraph": True, **compiler}
@@ -99,8 +99,9 @@ class CompiledStep:
                     parameter.grad = gradient if held is None else held.add_(gradient)
         examples = len(losses)
         estimated, coverage = self._coverage[signature]
+        loss = losses.double().mean()
         return losses, BatchStatistics(
-            examples, examples, squares, means, estimated, measured=coverage
+            examples, examples, squares, means, estimated, loss, coverage
         )
 
     def _trace(
@@ -118,10 +119,17 @@ class CompiledStep:
             twins = {id(one): leaf for one, leaf in zip(trained.values(), leaves, strict=True)}
             _check_leaves(losses, twins.values())
             groups = None if self._groups is None else self._groups.of(twins)
-            statistics = backward(losses, groups=groups, process_group=False, **self._options)
+            statistics = backward(
+                losses, parameter_groups=groups, process_group=False, **self._options
+            )
             self._coverage[signature] = statistics.estimated, statistics.measured
             gradients = [leaf.grad for leaf in leaves]
-            return losses.detach(), gradients, statistics.group_square_sum, statistics.mean_square
+            return (
+                losses.detach(),
+                gradients,
+                statistics.group_square_sum,
+                statistics.gradient_norm_squared,
+            )
 
         # Tracing runs the step once, which is not to be seen in random numbers and buffers.
         values = [one.detach() for one in trained.values()]
@@ -153,7 +161,7 @@ def compile(  # noqa: A001
     model: nn.Module,
     losses_of: Callable[..., Tensor],
     *,
-    groups: Any = None,
+    parameter_groups: Any = None,
     sample: int | None = None,
     chunk: int | None = None,
     process_group: Any = None,
@@ -172,7 +180,7 @@ def compile(  # noqa: A001
     Args:
         model: The module whose parameters are trained, not compiled itself.
         losses_of: From a batch, one loss an example, shape (m,), by calling ``model``.
-        groups: As in :func:`cabs_torch.backward`.
+        parameter_groups: As in :func:`cabs_torch.backward`.
         sample: The same.
         chunk: The same; all at once by default, since the compiler unrolls chunks.
         process_group: As in :func:`cabs_torch.backward`.
@@ -196,4 +204,4 @@ def compile(  # noqa: A001
     """
     check_is_local(model)
     options = {"sample": sample, "chunk": chunk}
-    return CompiledStep(model, losses_of, groups, process_group, options, compiler)
+    return CompiledStep(model, losses_of, parameter_groups, process_group, options, compiler)

@@ -26,8 +26,8 @@ class UncoveredParameterError(RuntimeError):
         cabs_torch.errors.UncoveredParameterError: SoftmaxBackward0 runs along the axis that holds
         the examples. This concerns a tensor that requires gradients, of shape (3,). Estimate the
         variance from groups of examples instead, with cabs_torch.Accumulation, or with
-        uncovered='groups' for such parameters alone; or leave them out, with groups= of those that
-        matter
+        uncovered='microbatches' for such parameters alone; or leave them out, with
+        parameter_groups= of those that matter
     """
 
 
@@ -43,8 +43,8 @@ def uncovered(problem: str, parameters: Sequence[torch.Tensor]) -> UncoveredPara
     """Return the error for what is the matter, and the parameters that it concerns."""
     return UncoveredParameterError(
         f"{problem}. This concerns {describe_some(parameters)}. Estimate the variance from groups "
-        "of examples instead, with cabs_torch.Accumulation, or with uncovered='groups' for such "
-        "parameters alone; or leave them out, with groups= of those that matter"
+        "of examples instead, with cabs_torch.Accumulation, or with uncovered='microbatches' for "
+        "such parameters alone; or leave them out, with parameter_groups= of those that matter"
     )
 
 

@@ -57,21 +57,23 @@ def as_groups(groups: Any) -> Groups:
             parameters = parameters["params"]
         if isinstance(parameters, Tensor):
             raise TypeError(
-                "groups must be an optimizer or an iterable of iterables of parameters, got an "
-                "iterable of tensors; wrap it in a list for a single group"
+                "parameter_groups must be an optimizer or an iterable of iterables of parameters, "
+                "got an iterable of tensors; wrap it in a list for a single group"
             )
         for parameter in parameters:
             if not isinstance(parameter, Tensor):
                 raise TypeError(
-                    f"groups must hold parameters, got {type(parameter).__name__}; pass "
+                    f"parameter_groups must hold parameters, got {type(parameter).__name__}; pass "
                     "model.parameters(), not named_parameters()"
                 )
             if numbers.setdefault(id(parameter), number) != number:
-                raise ValueError(f"groups must not overlap: {describe(parameter)}, is in two")
+                raise ValueError(
+                    f"parameter_groups must not overlap: {describe(parameter)}, is in two"
+                )
             if parameter.requires_grad:
                 trained.add(number)
     if not numbers:
-        raise ValueError("groups must hold parameters, got none")
+        raise ValueError("parameter_groups must hold parameters, got none")
     return Groups(numbers, count, frozenset(trained))
 
 

@@ -44,7 +44,12 @@ class BatchStatistics(GradientStatistics):
         if not ghost_norms.is_traced():
             # super() does not know the class that slots=True makes.
             GradientStatistics.__post_init__(self)
-        sums = torch.stack([self.group_square_sum, self.mean_square])
+        given = [
+            self.group_square_sum,
+            self.gradient_norm_squared,
+            *([] if self.loss is None else [self.loss]),
+        ]
+        sums = torch.cat([one.detach().double().reshape(-1) for one in given])
         event = None
         if sums.is_cuda:
             host = torch.empty(sums.shape, dtype=sums.dtype, pin_memory=True)
@@ -64,17 +69,25 @@ class BatchStatistics(GradientStatistics):
         sums, event = self._copy
         if event is not None:
             event.synchronize()
-        group_square_sum, mean_square = sums.tolist() if sums.dim() == 1 else sums.numpy()
+        count = self.group_square_sum.numel()
+        numbers = sums.numpy()
+        squares: Any = numbers[: 2 * count].reshape(2, count)
+        if self.group_square_sum.dim() == 0:
+            squares = squares[:, 0].tolist()
+        group_square_sum, norm_squared = squares
+        loss = None if self.loss is None else float(numbers[-1])
         return GradientStatistics(
-            self.examples, self.groups, group_square_sum, mean_square, self.estimated
+            self.examples, self.groups, group_square_sum, norm_squared, self.estimated, loss
         )
 
 
-def mean_square(parameters: Iterable[Tensor] | Any, *, process_group: Any = None) -> Tensor:
+def gradient_norm_squared(
+    parameters: Iterable[Tensor] | Any, *, process_group: Any = None
+) -> Tensor:
     r"""Return :math:`|g|^2` of the gradients that parameters hold, in float64.
 
     For microbatches, once the gradients of all have been added up:
-    ``sum(parts).complete(mean_square=cabs_torch.mean_square(model.parameters()))``.
+    ``sum(parts).complete(gradient_norm_squared=cabs_torch.gradient_norm_squared(model.parameters()))``.
 
     Args:
         parameters: An iterable of parameters, for a 0-d tensor, or an optimizer, for one of shape
@@ -92,7 +105,7 @@ def mean_square(parameters: Iterable[Tensor] | Any, *, process_group: Any = None
         >>> import torch, cabs_torch
         >>> weight = torch.nn.Parameter(torch.zeros(2))
         >>> weight.grad = torch.tensor([3.0, 4.0])
-        >>> float(cabs_torch.mean_square([weight]))
+        >>> float(cabs_torch.gradient_norm_squared([weight]))
         25.0
     """
     check_process_group(process_group)

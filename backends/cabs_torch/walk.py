@@ -33,7 +33,7 @@ from cabs_torch.rules.probing import Calls, check, positions
 Outputs = dict[int, Layout]
 """By the number of a node's output, where the examples lie in it."""
 
-Policy = Literal["error", "groups", "ignore"]
+Policy = Literal["error", "microbatches", "ignore"]
 """What to do about parameters that no rule covers."""
 
 

@@ -93,7 +93,7 @@ class Controller:
         debiased; the value rounded half to even, then clipped. Give it the biased variance
         (:attr:`cabs.GradientStatistics.biased_variance_trace`), as that code computes it. Where
         that code has no sound answer, for a value that is not finite or an averaged loss that is
-        not positive, this one holds.
+        not positive, this one holds. From ``statistics`` it takes that variance itself.
 
         Example:
             >>> controller = Controller.as_published()
@@ -145,29 +145,38 @@ class Controller:
         return self._configuration
 
     def update(
-        self, *, learning_rate: Scalars, loss: Scalar, variance_trace: Scalars | None = None
+        self,
+        statistics: Any = None,
+        *,
+        learning_rate: Scalars,
+        loss: Scalar | None = None,
+        variance_trace: Scalars | None = None,
     ) -> Decision:
         r"""Take in what one step showed, and set :attr:`batch_size`.
 
-        A number may be a Python or NumPy number, or a 0-d array or tensor of any framework;
-        reading a tensor waits for its device.
+        Give what an adapter returned, or the numbers themselves, from any loop. A number may be a
+        Python or NumPy number, or a 0-d array or tensor of any framework; reading a tensor waits
+        for its device.
 
         Args:
+            statistics: :class:`cabs.GradientStatistics` of the step, or what an adapter returned,
+                for the variance and the loss.
             learning_rate: :math:`\eta`, or one per parameter group; with momentum :math:`\beta`,
                 :math:`\eta / (1 - \beta)`.
-            loss: Mean loss of the batch.
-            variance_trace: Estimate of :math:`\mathrm{tr}(\Sigma)` for one example's gradient
-                (:attr:`cabs.GradientStatistics.variance_trace`), or one per parameter group. May be
-                left out where :attr:`due` is false; the average then stays.
+            loss: Mean loss of the batch, if ``statistics`` do not hold it.
+            variance_trace: Without ``statistics``, the estimate of :math:`\mathrm{tr}(\Sigma)` for
+                one example's gradient (:attr:`cabs.GradientStatistics.variance_trace`), or one per
+                parameter group. May be left out where :attr:`due` is false; the average then stays.
 
         Returns:
             The decision. A value that is not finite never reaches the averages: the size is held,
             and the decision says so.
 
         Raises:
-            TypeError: If an argument is no number.
-            ValueError: If a learning rate is negative, a variance that is due is missing, or the
-                numbers of parameter groups do not fit. Nothing has changed then.
+            TypeError: If an argument is no number, or ``statistics`` hold none.
+            ValueError: If a learning rate is negative, the loss, or a variance that is due, is
+                missing or given twice, or the numbers of parameter groups do not fit. Nothing has
+                changed then.
 
         Example:
             Two parameter groups, and a step without a measurement:
@@ -181,6 +190,10 @@ class Controller:
             >>> controller.update(learning_rate=[0.1, 0.01], loss=1.0).batch_size
             40
         """
+        if statistics is not None:
+            variance_trace, loss = self._read(statistics, variance_trace, loss)
+        if loss is None:
+            raise ValueError("loss must be given, since there are no statistics that hold it")
         observation = Observation(
             as_floats(learning_rate, "learning_rate"),
             None if variance_trace is None else as_floats(variance_trace, "variance_trace"),
@@ -198,6 +211,23 @@ class Controller:
         # Last, since a warning can be an error, and then nothing is to have changed.
         self._state = state
         return decision
+
+    def _read(
+        self, statistics: Any, variance_trace: Scalars | None, loss: Scalar | None
+    ) -> tuple[Scalars, Scalar | None]:
+        """Return the variance and the loss of statistics."""
+        if variance_trace is not None:
+            raise ValueError("variance_trace must not be given beside statistics, which hold it")
+        # Those of an adapter are read in one go.
+        numbers = statistics.read() if hasattr(statistics, "read") else statistics
+        if not hasattr(numbers, "variance_trace"):
+            raise TypeError(
+                "statistics must be cabs.GradientStatistics, or what an adapter returned, got "
+                f"{type(statistics).__name__}; give a number as variance_trace="
+            )
+        is_biased = self._configuration.single_precision
+        trace = numbers.biased_variance_trace if is_biased else numbers.variance_trace
+        return trace, getattr(numbers, "loss", None) if loss is None else loss
 
     def state_dict(self) -> dict[str, Any]:
         """Return the settings and the state as plain values that JSON can hold.

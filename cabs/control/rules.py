@@ -60,7 +60,9 @@ def coupled(rates: tuple[float, ...], traces: tuple[float, ...], excess_loss: fl
     return sum(weighted) / excess_loss
 
 
-def norm_test(*, variance_trace: Scalar, gradient_square: Scalar, theta: float = 1.0) -> float:
+def norm_test(
+    *, variance_trace: Scalar, gradient_norm_squared: Scalar, theta: float = 1.0
+) -> float:
     r"""Return the size of the norm test, :math:`\mathrm{tr}(\Sigma) / (\theta^2 |g|^2)`.
 
     Byrd, Chin, Nocedal, Wu: "Sample size selection in optimization methods for machine learning",
@@ -69,24 +71,27 @@ def norm_test(*, variance_trace: Scalar, gradient_square: Scalar, theta: float =
 
     Args:
         variance_trace: :math:`\mathrm{tr}(\Sigma)`.
-        gradient_square: :math:`|g|^2`; the paper takes the batch's own (``mean_square``).
+        gradient_norm_squared: :math:`|g|^2`; the paper takes the batch's own
+            (``GradientStatistics.gradient_norm_squared``).
         theta: Relative standard deviation allowed, above 0.
 
     Returns:
         The size in examples; ``inf`` for a gradient square at or under zero.
 
     Example:
-        >>> norm_test(variance_trace=100.0, gradient_square=4.0, theta=0.5)
+        >>> norm_test(variance_trace=100.0, gradient_norm_squared=4.0, theta=0.5)
         100.0
     """
     theta = as_float(theta, "theta")
     if not 0.0 < theta < math.inf:
         raise ValueError(f"theta must be above 0 and finite, got theta = {theta}")
-    scale = noise_scale_rule(variance_trace=variance_trace, gradient_square=gradient_square)
+    scale = noise_scale_rule(
+        variance_trace=variance_trace, gradient_norm_squared=gradient_norm_squared
+    )
     return scale / theta / theta
 
 
-def noise_scale_rule(*, variance_trace: Scalar, gradient_square: Scalar) -> float:
+def noise_scale_rule(*, variance_trace: Scalar, gradient_norm_squared: Scalar) -> float:
     r"""Return the simple gradient noise scale, :math:`\mathrm{tr}(\Sigma) / |G|^2`.
 
     McCandlish, Kaplan, Amodei: "An Empirical Model of Large-Batch Training", arXiv 1812.06162,
@@ -94,18 +99,19 @@ def noise_scale_rule(*, variance_trace: Scalar, gradient_square: Scalar) -> floa
 
     Args:
         variance_trace: :math:`\mathrm{tr}(\Sigma)`, best averaged over steps.
-        gradient_square: :math:`|G|^2`, the unbiased estimate
-            (:attr:`cabs.GradientStatistics.gradient_square`), best averaged over steps.
+        gradient_norm_squared: :math:`|G|^2`, the unbiased estimate
+            (:attr:`cabs.GradientStatistics.expected_gradient_norm_squared`), best averaged over
+            steps.
 
     Returns:
         The size in examples; ``inf`` for a gradient square at or under zero.
 
     Example:
-        >>> noise_scale_rule(variance_trace=100.0, gradient_square=4.0)
+        >>> noise_scale_rule(variance_trace=100.0, gradient_norm_squared=4.0)
         25.0
     """
     trace = as_float(variance_trace, "variance_trace")
-    square = as_float(gradient_square, "gradient_square")
+    square = as_float(gradient_norm_squared, "gradient_norm_squared")
     if square > 0.0:
         return trace / square
     return _everything_unless_nan(square + trace)

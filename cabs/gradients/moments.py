@@ -146,9 +146,11 @@ class GradientMoments:
         Where the mean is 1e8 times the deviations or more, the difference of two of them that gives
         the variance is lost to rounding, and :attr:`variance_trace` of this object is not.
         """
-        mean_square = float(np.sum(self.mean**2))
-        group_square_sum = float(self._deviation.sum()) + self.examples * mean_square
-        return GradientStatistics(self.examples, self.groups, group_square_sum, mean_square)
+        gradient_norm_squared = float(np.sum(self.mean**2))
+        group_square_sum = float(self._deviation.sum()) + self.examples * gradient_norm_squared
+        return GradientStatistics(
+            self.examples, self.groups, group_square_sum, gradient_norm_squared
+        )
 
 
 def _sizes_of(rows: npt.NDArray[np.float64], sizes: npt.ArrayLike | None) -> npt.NDArray[Any]:

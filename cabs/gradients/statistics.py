@@ -36,7 +36,7 @@ class PartialStatistics:
         Two microbatches of 2 and 4 examples, whose mean gradients are (3, 0) and (0, 3):
 
         >>> parts = PartialStatistics.of_group(2, 9.0) + PartialStatistics.of_group(4, 9.0)
-        >>> statistics = parts.complete(mean_square=1.0**2 + 2.0**2)
+        >>> statistics = parts.complete(gradient_norm_squared=1.0**2 + 2.0**2)
         >>> statistics.variance_trace
         24.0
     """
@@ -75,19 +75,27 @@ class PartialStatistics:
         # What sum() starts with.
         return self if type(other) is int and other == 0 else NotImplemented
 
-    def complete(self, *, mean_square: Scalar) -> GradientStatistics:
+    def complete(
+        self, *, gradient_norm_squared: Scalar, loss: Scalar | None = None
+    ) -> GradientStatistics:
         r"""Return the statistics of all examples together.
 
         Args:
-            mean_square: :math:`|g|^2` of the mean gradient over all ``examples``, taken after the
-                gradients were averaged, never an average of squares.
+            gradient_norm_squared: :math:`|g|^2` of the mean gradient over all ``examples``, taken
+                after the gradients were averaged, never an average of squares.
+            loss: The mean loss over all ``examples``, to be kept with the statistics.
 
         Raises:
             ValueError: If numbers are given that no gradients can have; see
                 :class:`GradientStatistics`.
         """
         return GradientStatistics(
-            self.examples, self.groups, self.group_square_sum, mean_square, self.estimated
+            self.examples,
+            self.groups,
+            self.group_square_sum,
+            gradient_norm_squared,
+            self.estimated,
+            loss,
         )
 
 
@@ -111,9 +119,10 @@ class GradientStatistics:
         examples: :math:`m`.
         groups: :math:`K`, at most ``examples``.
         group_square_sum: :math:`\sum_k m_k |g_k|^2`.
-        mean_square: :math:`|g|^2`.
+        gradient_norm_squared: :math:`|g|^2`.
         estimated: How many of the groups were not measured themselves: their squares are estimated
             from those of the others, as with a sample of the examples.
+        loss: Mean loss of the examples, None if it is not known.
 
     The two squares may be 0-d tensors, or hold one value for each parameter group; estimates then
     do too, except :attr:`noise_scale`, which is that of all parameters together.
@@ -128,23 +137,24 @@ class GradientStatistics:
     Example:
         Four examples with gradients 1, 2, 3, 6:
 
-        >>> statistics = GradientStatistics(4, 4, group_square_sum=50.0, mean_square=9.0)
+        >>> statistics = GradientStatistics(4, 4, group_square_sum=50.0, gradient_norm_squared=9.0)
         >>> round(statistics.variance_trace, 6), statistics.biased_variance_trace
         (4.666667, 3.5)
-        >>> round(statistics.gradient_square, 6)
+        >>> round(statistics.expected_gradient_norm_squared, 6)
         7.833333
     """
 
     examples: int
     groups: int
     group_square_sum: Scalar
-    mean_square: Scalar
+    gradient_norm_squared: Scalar
     estimated: int = 0
+    loss: Scalar | None = None
 
     def __post_init__(self) -> None:
         examples = as_integer(self.examples, "examples", 1)
         PartialStatistics(examples, self.groups, estimated=self.estimated)
-        squares = self.group_square_sum, self.mean_square
+        squares = self.group_square_sum, self.gradient_norm_squared
         if all(map(_is_at_hand, squares)):
             _check_squares(examples, *squares, is_exact=self.estimated == 0)
 
@@ -161,7 +171,9 @@ class GradientStatistics:
         """
         if self.groups == 1:
             return math.nan
-        return (self.group_square_sum - self.examples * self.mean_square) / (self.groups - 1)
+        return (self.group_square_sum - self.examples * self.gradient_norm_squared) / (
+            self.groups - 1
+        )
 
     @property
     def biased_variance_trace(self) -> Scalar:
@@ -171,9 +183,9 @@ class GradientStatistics:
         return self.variance_trace * ((self.examples - 1) / self.examples)
 
     @property
-    def gradient_square(self) -> Scalar:
+    def expected_gradient_norm_squared(self) -> Scalar:
         r"""Unbiased estimate of the squared norm of the expected gradient; can be negative."""
-        return self.mean_square - self.variance_trace / self.examples
+        return self.gradient_norm_squared - self.variance_trace / self.examples
 
     @property
     def noise_scale(self) -> float:
@@ -183,14 +195,15 @@ class GradientStatistics:
         steps, divide the averages rather than average the quotients.
         """
         trace = sum(as_floats(self.variance_trace, "variance_trace"))
-        square = sum(as_floats(self.gradient_square, "gradient_square"))
+        square = sum(as_floats(self.expected_gradient_norm_squared, "gradient_norm_squared"))
         return math.inf if square <= 0.0 else trace / square
 
     def __add__(self, other: object) -> NoReturn:
         raise TypeError(
             "statistics of batches cannot be added: the squared norm of a mean gradient is not a "
-            "mean of squared norms. Write (a.partial + b.partial).complete(mean_square=...) with "
-            "the squared norm of the gradient averaged over all examples"
+            "mean of squared norms. Write (a.partial + b.partial).complete("
+            "gradient_norm_squared=...) with the squared norm of the gradient averaged over all "
+            "examples"
         )
 
     __radd__ = __add__
@@ -210,18 +223,20 @@ def _is_at_hand(square: Scalar) -> bool:
 
 
 def _check_squares(
-    examples: int, group_square_sum: Scalar, mean_square: Scalar, *, is_exact: bool
+    examples: int, group_square_sum: Scalar, gradient_norm_squared: Scalar, *, is_exact: bool
 ) -> None:
     """Raise ValueError for numbers that no gradients can have."""
     sums = as_floats(group_square_sum, "group_square_sum")
-    means = as_floats(mean_square, "mean_square")
+    means = as_floats(gradient_norm_squared, "gradient_norm_squared")
     for group, mean in zip(sums, means, strict=True):
         if mean < 0.0:
-            raise ValueError(f"mean_square must be at least 0, got mean_square = {mean}")
+            raise ValueError(
+                f"gradient_norm_squared must be at least 0, got gradient_norm_squared = {mean}"
+            )
         if is_exact and examples * mean > _ROUNDED * group:
             raise ValueError(
-                f"mean_square = {mean} is too large for the mean of gradients with sum of "
-                f"m_k |g_k|^2 = {group} over {examples} examples, so that their variance would be "
-                "negative; average the gradients over all examples before squaring them, set them "
-                "to zero before a step, and let nothing else add to them"
+                f"gradient_norm_squared = {mean} is too large for the mean of gradients with sum "
+                f"of m_k |g_k|^2 = {group} over {examples} examples, so that their variance would "
+                "be negative; average the gradients over all examples before squaring them, set "
+                "them to zero before a step, and let nothing else add to them"
             )

@@ -58,7 +58,7 @@ class NormTest(Constant):
         found = batch.statistics
         asked = cabs.control.norm_test(
             variance_trace=found.variance_trace,
-            gradient_square=found.mean_square,
+            gradient_norm_squared=found.gradient_norm_squared,
             theta=self._theta,
         )
         self._size = int(np.ceil(min(max(asked, self._size), self._largest)))

@@ -125,7 +125,7 @@ class Logistic:
             examples=len(signed),
             groups=len(signed),
             group_square_sum=float(squares.sum()) + len(signed) * penalty**2 * square,
-            mean_square=float(gradient @ gradient),
+            gradient_norm_squared=float(gradient @ gradient),
         )
         loss = float(np.logaddexp(0.0, -margins).mean()) + penalty / 2.0 * square
         return Batch(gradient, loss, statistics)

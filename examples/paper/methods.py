@@ -96,7 +96,7 @@ class Ratio(Constant):
         self._trace.update(trace)
         self._square.update(square)
         self.asked = self._rule(
-            variance_trace=self._trace.value, gradient_square=self._square.value
+            variance_trace=self._trace.value, gradient_norm_squared=self._square.value
         )
         if self._held:
             self._held -= 1
@@ -145,7 +145,7 @@ def constant(size: int, **training: Any) -> Recipe:
 def norm_test(theta: float) -> Recipe:
     """Return the recipe of the norm test that allows a relative deviation."""
     rule = partial(cabs.control.norm_test, theta=theta)
-    return Recipe(lambda: Ratio(rule, "mean_square"))
+    return Recipe(lambda: Ratio(rule, "gradient_norm_squared"))
 
 
 def as_published() -> Method:
@@ -159,7 +159,9 @@ SMOOTHED_FLOOR = -(0.91 * math.log(0.91) + 9 * 0.01 * math.log(0.01))
 RECIPES: dict[str, Recipe] = {
     "CABS": Recipe(coupled()),
     **{f"norm test {theta}": norm_test(theta) for theta in THETAS},
-    "noise scale": Recipe(lambda: Ratio(cabs.control.noise_scale_rule, "gradient_square", HELD)),
+    "noise scale": Recipe(
+        lambda: Ratio(cabs.control.noise_scale_rule, "expected_gradient_norm_squared", HELD)
+    ),
     **{f"constant {size}": constant(size) for size in (4, 16, 32, 64, 128, 256, 512)},
     "constant 16, decay": constant(16, is_decayed=True),
     "CABS, decay": Recipe(coupled(), is_decayed=True),

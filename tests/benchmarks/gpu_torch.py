@@ -41,7 +41,7 @@ def loop(data: Batch, examples: int) -> float:
     for index in range(examples):
         double.model.zero_grad()
         double.losses(slice(index, index + 1)).sum().backward()
-        total += float(cabs_torch.mean_square(double.model.parameters()))
+        total += float(cabs_torch.gradient_norm_squared(double.model.parameters()))
     return total
 
 

@@ -133,7 +133,7 @@ def cockpit_cabs(data: Batch) -> Callable[[], float]:
         with cockpit(number, info=info):
             loss.backward(create_graph=cockpit.create_graph(number))
         size = quantity.get_output()[number]
-        squares = float(cabs_torch.mean_square(model.parameters()))
+        squares = float(cabs_torch.gradient_norm_squared(model.parameters()))
         return size * examples * float(loss) / RATE + examples * squares
 
     return step

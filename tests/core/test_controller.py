@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import cabs
 from cabs import BatchSizes, Controller
 from cabs.control import DebiasedAverage, Reason, cabs_rule
 from tests.core.strategies import controllers, feed, observations, ordinary, updated
@@ -220,3 +221,41 @@ def test_a_measurement_that_was_held_is_due_again():
     with pytest.raises(ValueError, match="variance_trace is missing at step 1"):
         controller.update(learning_rate=0.1, loss=1.0)
     assert controller.step == 1
+
+
+def statistics(**changed):
+    return cabs.GradientStatistics(
+        **{"examples": 4, "groups": 4, "group_square_sum": 50.0, "gradient_norm_squared": 9.0}
+        | changed
+    )
+
+
+def test_statistics_are_the_numbers_that_they_hold():
+    given, alone = cabs.Controller(16), cabs.Controller(16)
+    decision = given.update(statistics(loss=0.02), learning_rate=0.1)
+    assert decision == alone.update(learning_rate=0.1, variance_trace=14 / 3, loss=0.02)
+    # What the loop says of the loss counts.
+    decision = given.update(statistics(loss=0.02), learning_rate=0.1, loss=0.01)
+    assert decision == alone.update(learning_rate=0.1, variance_trace=14 / 3, loss=0.01)
+
+
+def test_the_published_controller_takes_the_biased_variance_of_statistics():
+    given, alone = cabs.Controller.as_published(), cabs.Controller.as_published()
+    decision = given.update(statistics(loss=0.5), learning_rate=0.1)
+    assert decision == alone.update(learning_rate=0.1, variance_trace=3.5, loss=0.5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "error", "message"),
+    [
+        ((), {}, ValueError, "loss must be given"),
+        ((statistics(),), {}, ValueError, "loss must be given"),
+        ((statistics(),), {"variance_trace": 1.0, "loss": 1.0}, ValueError, "beside statistics"),
+        ((0.5,), {"loss": 1.0}, TypeError, "got float; give a number as variance_trace="),
+    ],
+)
+def test_what_is_missing_or_given_twice_is_an_error(arguments, options, error, message):
+    controller = cabs.Controller(16)
+    with pytest.raises(error, match=message):
+        controller.update(*arguments, learning_rate=0.1, **options)
+    assert controller.step == 0

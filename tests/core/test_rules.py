@@ -44,28 +44,33 @@ def test_more_learning_rates_than_traces_are_refused():
 
 @given(positive, positive, st.floats(0.01, 10.0))
 def test_at_the_norm_test_size_the_relative_deviation_is_theta(trace, square, theta):
-    size = norm_test(variance_trace=trace, gradient_square=square, theta=theta)
+    size = norm_test(variance_trace=trace, gradient_norm_squared=square, theta=theta)
     assert math.sqrt(trace / size / square) == pytest.approx(theta, rel=1e-9)
 
 
 @given(positive, positive)
 def test_the_noise_scale_is_the_norm_test_with_theta_one(trace, square):
-    arguments = {"variance_trace": trace, "gradient_square": square}
+    arguments = {"variance_trace": trace, "gradient_norm_squared": square}
     assert noise_scale_rule(**arguments) == norm_test(**arguments, theta=1.0)
 
 
 @pytest.mark.parametrize("square", [0.0, -1.0])
 def test_noise_that_hides_the_gradient_asks_for_everything(square):
-    assert noise_scale_rule(variance_trace=1.0, gradient_square=square) == math.inf
-    assert norm_test(variance_trace=1.0, gradient_square=square) == math.inf
+    assert noise_scale_rule(variance_trace=1.0, gradient_norm_squared=square) == math.inf
+    assert norm_test(variance_trace=1.0, gradient_norm_squared=square) == math.inf
 
 
 @pytest.mark.parametrize(
-    "names", [("variance_trace",), ("gradient_square",), ("variance_trace", "gradient_square")]
+    "names",
+    [("variance_trace",), ("gradient_norm_squared",), ("variance_trace", "gradient_norm_squared")],
 )
 @pytest.mark.parametrize("square", [0.0, 1.0])
 def test_rules_of_nan_are_nan(names, square):
-    arguments = {"variance_trace": 1.0, "gradient_square": square, **dict.fromkeys(names, math.nan)}
+    arguments = {
+        "variance_trace": 1.0,
+        "gradient_norm_squared": square,
+        **dict.fromkeys(names, math.nan),
+    }
     assert math.isnan(noise_scale_rule(**arguments))
     assert math.isnan(norm_test(**arguments, theta=0.5))
 
@@ -78,9 +83,9 @@ def test_the_cabs_rule_of_nan_is_nan(name, loss):
 
 
 def test_a_tiny_theta_asks_for_much():
-    assert norm_test(variance_trace=1.0, gradient_square=1.0, theta=1e-200) == math.inf
+    assert norm_test(variance_trace=1.0, gradient_norm_squared=1.0, theta=1e-200) == math.inf
 
 
 def test_theta_is_positive():
     with pytest.raises(ValueError, match=r"theta must be above 0 and finite, got theta = 0\.0"):
-        norm_test(variance_trace=1.0, gradient_square=1.0, theta=0.0)
+        norm_test(variance_trace=1.0, gradient_norm_squared=1.0, theta=0.0)

@@ -103,7 +103,7 @@ def test_gradients_and_statistics_of_pieces_are_those_of_the_batch(seed, example
         parts += PartialStatistics(len(piece), len(piece), square_sum)
         total += len(piece) / examples * piece.mean(axis=0)
     np.testing.assert_allclose(total, rows.mean(axis=0), rtol=1e-12, atol=1e-14)
-    statistics = parts.complete(mean_square=float(total @ total))
+    statistics = parts.complete(gradient_norm_squared=float(total @ total))
     trace = rows.var(axis=0, ddof=1).sum()
     assert statistics.variance_trace == pytest.approx(trace, rel=1e-9)
     assert (statistics.examples, statistics.groups) == (examples, examples)

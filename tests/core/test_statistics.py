@@ -24,13 +24,13 @@ def statistics_of(gradients, sizes):
     parts = PartialStatistics()
     for rows in np.split(gradients, np.cumsum(sizes)[:-1]):
         parts += PartialStatistics.of_group(len(rows), float(np.sum(rows.mean(axis=0) ** 2)))
-    return parts.complete(mean_square=float(np.sum(gradients.mean(axis=0) ** 2)))
+    return parts.complete(gradient_norm_squared=float(np.sum(gradients.mean(axis=0) ** 2)))
 
 
 def assert_close(one, two):
     assert (one.examples, one.groups) == (two.examples, two.groups)
     assert one.group_square_sum == pytest.approx(two.group_square_sum, rel=1e-12)
-    assert one.mean_square == pytest.approx(two.mean_square, rel=1e-12)
+    assert one.gradient_norm_squared == pytest.approx(two.gradient_norm_squared, rel=1e-12)
 
 
 @given(seeds, st.integers(2, 50))
@@ -41,7 +41,7 @@ def test_groups_of_one_give_the_sample_variance(seed, examples):
     assert statistics.variance_trace == pytest.approx(trace, rel=1e-9)
     assert statistics.biased_variance_trace == pytest.approx(gradients.var(axis=0).sum(), rel=1e-9)
     square = np.sum(gradients.mean(axis=0) ** 2) - trace / examples
-    assert statistics.gradient_square == pytest.approx(square, rel=1e-9, abs=1e-9)
+    assert statistics.expected_gradient_norm_squared == pytest.approx(square, rel=1e-9, abs=1e-9)
 
 
 @given(seeds, partitions)
@@ -60,7 +60,7 @@ def test_every_estimate_is_unbiased_for_any_group_sizes(sizes):
     squared_mean = np.sum(gradients.mean(axis=0) ** 2)
     batches = [statistics_of(rows, sizes) for rows in np.split(gradients, 20_000)]
     traces = np.array([batch.variance_trace for batch in batches])
-    squares = np.array([batch.gradient_square for batch in batches])
+    squares = np.array([batch.expected_gradient_norm_squared for batch in batches])
     assert abs(traces.mean() - truth) < 4.0 * traces.std() / math.sqrt(len(traces))
     assert abs(squares.mean() - squared_mean) < 4.0 * squares.std() / math.sqrt(len(squares))
     assert squares.min() < 0.0
@@ -81,7 +81,7 @@ def test_merge_is_associative_and_equals_the_statistics_of_all(seed, batches):
     right = parts[0] + (parts[1] + parts[2])
     swapped = sum(reversed(parts), PartialStatistics())
     for merged in (left, right, swapped, sum(parts)):
-        assert_close(merged.complete(mean_square=whole.mean_square), whole)
+        assert_close(merged.complete(gradient_norm_squared=whole.gradient_norm_squared), whole)
 
 
 def test_statistics_cannot_be_added_without_the_square_of_the_mean_of_all():
@@ -98,15 +98,16 @@ def test_a_gradient_that_was_summed_and_not_averaged_is_noticed():
     parts = statistics_of(gradients, [1] * 8).partial
     for number in (float, np.float32):
         with pytest.raises(ValueError, match="average the gradients over all examples"):
-            parts.complete(mean_square=number(np.sum(gradients.sum(axis=0) ** 2)))
+            parts.complete(gradient_norm_squared=number(np.sum(gradients.sum(axis=0) ** 2)))
     agreeing = PartialStatistics(4, 4, 8.0)
-    assert agreeing.complete(mean_square=2.0 * 1.09).variance_trace < 0.0
+    assert agreeing.complete(gradient_norm_squared=2.0 * 1.09).variance_trace < 0.0
     with pytest.raises(ValueError, match="average the gradients"):
-        agreeing.complete(mean_square=2.0 * 1.11)
+        agreeing.complete(gradient_norm_squared=2.0 * 1.11)
     with pytest.raises(
-        ValueError, match=r"mean_square must be at least 0, got mean_square = -5\.0"
+        ValueError,
+        match=r"gradient_norm_squared must be at least 0, got gradient_norm_squared = -5\.0",
     ):
-        agreeing.complete(mean_square=-5.0)
+        agreeing.complete(gradient_norm_squared=-5.0)
 
 
 def test_a_negative_variance_of_measured_groups_is_an_error_and_of_estimated_ones_is_not():
@@ -115,7 +116,7 @@ def test_a_negative_variance_of_measured_groups_is_an_error_and_of_estimated_one
             GradientStatistics(4, 4, *squares)
         sampled = GradientStatistics(4, 4, *squares, estimated=2)
         assert np.any(np.asarray(sampled.variance_trace) < 0.0)
-        completed = (sampled.partial + sampled.partial).complete(mean_square=squares[1])
+        completed = (sampled.partial + sampled.partial).complete(gradient_norm_squared=squares[1])
         assert completed.estimated == 4
     with pytest.raises(ValueError, match="estimated must be at least 0"):
         GradientStatistics(4, 4, 8.0, 1.0, estimated=-1)
@@ -136,7 +137,7 @@ def test_agreeing_gradients_show_a_variance_that_cancellation_does_not_drown():
 
 
 def test_the_biased_trace_has_the_expectation_of_the_within_batch_one():
-    statistics = GradientStatistics(8, 2, group_square_sum=48.0, mean_square=4.0)
+    statistics = GradientStatistics(8, 2, group_square_sum=48.0, gradient_norm_squared=4.0)
     assert statistics.variance_trace == 16.0
     assert statistics.biased_variance_trace == 14.0
 

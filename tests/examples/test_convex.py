@@ -52,7 +52,9 @@ def test_statistics_equal_a_loop_over_the_examples(logistic, seed):
     assert batch.gradient == pytest.approx(gradients.mean(axis=0), rel=1e-11)
     trace = gradients.var(axis=0, ddof=1).sum()
     assert batch.statistics.variance_trace == pytest.approx(trace, rel=1e-11)
-    assert batch.statistics.mean_square == pytest.approx((gradients.mean(axis=0) ** 2).sum())
+    assert batch.statistics.gradient_norm_squared == pytest.approx(
+        (gradients.mean(axis=0) ** 2).sum()
+    )
     assert made.gradients(weights, chosen) == pytest.approx(gradients, rel=1e-11)
 
 

@@ -15,7 +15,7 @@ def test_the_loop_of_the_readme_runs_and_its_batch_grows():
     exec(compile(loop, str(README), "exec"), names)
     assert names["sampler"].epoch == 5
     assert names["controller"].held_steps == 0
-    assert names["decision"].batch_size >= 24
+    assert names["controller"].batch_size >= 24
 
 
 def test_continuous_integration_runs_the_readmes_test_command():

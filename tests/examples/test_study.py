@@ -157,7 +157,7 @@ def test_published_moments_are_squares_of_every_position_added_up(module, batch)
     exact = module("measures").exact
     model.zero_grad()
     _, right = exact(model, losses, images, labels)
-    assert statistics.mean_square == pytest.approx(right.mean_square, rel=1e-9)
+    assert statistics.gradient_norm_squared == pytest.approx(right.gradient_norm_squared, rel=1e-9)
     assert abs(right.group_square_sum / expected - 1.0) > 1e-5
 
 
@@ -227,7 +227,11 @@ def test_another_budget_leaves_no_learning_rate_to_one_seed(module, tmp_path, mo
 
 
 def numbers(trace, square):
-    return SimpleNamespace(variance_trace=trace, gradient_square=square, mean_square=2 * square)
+    return SimpleNamespace(
+        variance_trace=trace,
+        gradient_norm_squared=2 * square,
+        expected_gradient_norm_squared=square,
+    )
 
 
 def test_other_rules_divide_averages_and_not_numbers_of_one_step(module):

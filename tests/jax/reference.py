@@ -51,7 +51,7 @@ def assert_exact(loss_fn, parameters, batch, *, jitted=(True,), rtol=None):
     rtol = rtol or (2e-5 if single else 1e-10)
     rows = gradients_one_by_one(loss_fn, parameters, batch)
     square_sum = float((abs(rows) ** 2).sum())
-    mean_square = float((abs(rows.mean(axis=0)) ** 2).sum())
+    gradient_norm_squared = float((abs(rows.mean(axis=0)) ** 2).sum())
     for is_jitted in jitted:
         measured = cabs_jax.value_and_grad(loss_fn)
         plain = jax.value_and_grad(mean_loss(loss_fn))
@@ -66,9 +66,14 @@ def assert_exact(loss_fn, parameters, batch, *, jitted=(True,), rtol=None):
             float(statistics.group_square_sum), square_sum, rtol=rtol, atol=1e-30
         )
         # Where gradients nearly cancel, the batch's own gradient carries their rounding errors.
-        slack = rtol * (mean_square * square_sum / len(rows)) ** 0.5 + rtol**2 * square_sum
+        slack = (
+            rtol * (gradient_norm_squared * square_sum / len(rows)) ** 0.5 + rtol**2 * square_sum
+        )
         np.testing.assert_allclose(
-            float(statistics.mean_square), mean_square, rtol=rtol, atol=slack + 1e-30
+            float(statistics.gradient_norm_squared),
+            gradient_norm_squared,
+            rtol=rtol,
+            atol=slack + 1e-30,
         )
 
 

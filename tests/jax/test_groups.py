@@ -32,7 +32,7 @@ def assert_near(statistics, reference):
     read = statistics.read()
     assert (read.examples, read.groups) == (reference.examples, reference.groups)
     assert read.group_square_sum == pytest.approx(reference.group_square_sum, rel=1e-5)
-    assert read.mean_square == pytest.approx(reference.mean_square, rel=1e-5)
+    assert read.gradient_norm_squared == pytest.approx(reference.gradient_norm_squared, rel=1e-5)
 
 
 @pytest.mark.parametrize("is_exact", [False, True])

@@ -96,7 +96,7 @@ def assert_exact(found, loss_fn, examples=slice(None), sampled=None):
     taken = rows if sampled is None else rows[:sampled]
     scale = len(rows) / len(taken)
     assert read.group_square_sum == pytest.approx(scale * (taken**2).sum(), rel=5e-5)
-    assert read.mean_square == pytest.approx((rows.mean(axis=0) ** 2).sum(), rel=1e-4)
+    assert read.gradient_norm_squared == pytest.approx((rows.mean(axis=0) ** 2).sum(), rel=1e-4)
 
 
 @pytest.mark.skipif(IS_OLD, reason="JAX has no such gradient")

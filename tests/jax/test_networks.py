@@ -155,7 +155,9 @@ def test_a_perceptron_is_exact_against_gradients_written_out_in_numpy(widths, ex
         measured = jax.jit(cabs_jax.value_and_grad(loss_fn))
         (_, statistics), _ = measured(given_parameters, jnp.asarray(inputs))
         np.testing.assert_allclose(statistics.group_square_sum, squares, rtol=1e-12)
-        np.testing.assert_allclose(statistics.mean_square, mean @ mean, rtol=1e-9, atol=1e-18)
+        np.testing.assert_allclose(
+            statistics.gradient_norm_squared, mean @ mean, rtol=1e-9, atol=1e-18
+        )
 
 
 def test_a_network_of_some_size_is_the_same_to_the_bit():

@@ -50,7 +50,12 @@ def test_a_padded_batch_has_the_statistics_of_the_smaller_one(sample):
         gradients,
         expected_gradients,
     )
-    for name in ("group_square_sum", "mean_square", "variance_trace", "gradient_square"):
+    for name in (
+        "group_square_sum",
+        "gradient_norm_squared",
+        "variance_trace",
+        "gradient_norm_squared",
+    ):
         np.testing.assert_allclose(getattr(statistics, name), getattr(whole, name), rtol=1e-5)
 
 
@@ -189,3 +194,16 @@ def test_normalization_over_the_batch_is_an_error_that_points_to_groups():
 
     with pytest.raises(ValueError, match=r"batch normalization does.*PartialStatistics"):
         cabs_jax.value_and_grad(normalized)(PARAMETERS, BATCH)
+
+
+def test_a_controller_takes_statistics_as_they_are():
+    (loss, statistics), _ = jax.jit(cabs_jax.value_and_grad(loss_fn))(PARAMETERS, BATCH)
+    parts = [statistics.partial, cabs_jax.PartialStatistics.of_group(2, PARAMETERS)]
+    whole = parts[1].complete(PARAMETERS, loss=loss)
+    for one in (statistics, whole):
+        controller = cabs.Controller(16)
+        decision = controller.update(one, learning_rate=0.1)
+        assert decision.observation.loss == float(loss)
+    assert controller.held_steps == 1  # one group shows no variance
+    with pytest.raises(ValueError, match="loss must be given"):
+        controller.update(parts[1].complete(PARAMETERS), learning_rate=0.1)

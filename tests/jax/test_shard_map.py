@@ -73,7 +73,7 @@ def test_parameters_that_are_the_same_on_all_devices_give_own_statistics(is_jitt
         assert statistics.summed == ("data",)
         with pytest.raises(ValueError, match="and are no mean"):
             statistics.partial  # noqa: B018
-        numbers = jnp.stack([loss, statistics.variance_trace, statistics.mean_square])
+        numbers = jnp.stack([loss, statistics.variance_trace, statistics.gradient_norm_squared])
         return numbers[None], gradients
 
     def plain(parameters, batch):
@@ -119,7 +119,7 @@ def test_a_group_that_all_devices_share_is_said_to_be_one():
 
     found = jax.jit(on_devices(step))(PARAMETERS, BATCH).read()
     assert (found.examples, found.groups) == (32, 2)
-    assert found.mean_square == pytest.approx((ROWS.mean(axis=0) ** 2).sum(), rel=1e-4)
+    assert found.gradient_norm_squared == pytest.approx((ROWS.mean(axis=0) ** 2).sum(), rel=1e-4)
     assert found.variance_trace == pytest.approx(0.0, abs=1e-3)
 
 

@@ -15,7 +15,7 @@ def test_mean_against_sum_the_gradient_of_an_example_is_m_times_its_share():
     measured = cabs_jax.value_and_grad(lambda weight, x: weight * x)
     (_, statistics), gradient = measured(1.0, jnp.array([1.0, 2.0, 3.0]))
     assert float(statistics.group_square_sum) == pytest.approx(1.0 + 4.0 + 9.0)
-    assert (float(statistics.mean_square), float(gradient)) == (4.0, 2.0)
+    assert (float(statistics.gradient_norm_squared), float(gradient)) == (4.0, 2.0)
 
 
 def test_loss_scaling_scales_the_statistics_by_its_square():
@@ -145,5 +145,7 @@ def test_the_gradient_of_the_batch_is_no_mean_of_norms():
     weight, batch = draw(0, 3), draw(1, 8, 3)
     rows = gradients_one_by_one(loss_fn, weight, batch)
     (_, statistics), gradient = cabs_jax.value_and_grad(loss_fn)(weight, batch)
-    assert float(statistics.mean_square) == pytest.approx((flat(gradient) ** 2).sum(), rel=1e-5)
+    assert float(statistics.gradient_norm_squared) == pytest.approx(
+        (flat(gradient) ** 2).sum(), rel=1e-5
+    )
     assert float(statistics.variance_trace) == pytest.approx(rows.var(0, ddof=1).sum(), rel=1e-4)

@@ -78,7 +78,7 @@ def assert_exact(losses_of, variables, batch, *, rtol=None, ulps=0, jit_compile=
     rows = gradients_one_by_one(losses_of, variables, batch)
     is_double = tf.as_dtype(variables[0].dtype) == tf.float64
     rtol = rtol or (1e-10 if is_double else 2e-5)
-    square_sum, mean_square = (rows**2).sum(), (rows.mean(axis=0) ** 2).sum()
+    square_sum, gradient_norm_squared = (rows**2).sum(), (rows.mean(axis=0) ** 2).sum()
     for is_dynamic in (False, True):
         how = {"is_dynamic": is_dynamic, "jit_compile": jit_compile}
         gradients, statistics = measured(losses_of, variables, batch, **how)
@@ -93,5 +93,9 @@ def assert_exact(losses_of, variables, batch, *, rtol=None, ulps=0, jit_compile=
         assert (found.examples, found.groups) == (len(rows), len(rows))
         np.testing.assert_allclose(found.group_square_sum, square_sum, rtol=rtol, atol=1e-30)
         # Where gradients nearly cancel, the batch's own gradient carries their rounding errors.
-        slack = rtol * (mean_square * square_sum / len(rows)) ** 0.5 + rtol**2 * square_sum
-        np.testing.assert_allclose(found.mean_square, mean_square, rtol=rtol, atol=slack + 1e-30)
+        slack = (
+            rtol * (gradient_norm_squared * square_sum / len(rows)) ** 0.5 + rtol**2 * square_sum
+        )
+        np.testing.assert_allclose(
+            found.gradient_norm_squared, gradient_norm_squared, rtol=rtol, atol=slack + 1e-30
+        )

@@ -181,7 +181,7 @@ def test_groups_take_the_variance_from_microbatches(examples, groups):
     expected = cabs.GradientStatistics(
         examples, groups, squares, (rows.mean(axis=0) ** 2).sum()
     ).variance_trace
-    model = cabs_tensorflow.adaptive(compiled(), controller(), groups=4)
+    model = cabs_tensorflow.adaptive(compiled(), controller(), microbatches=4)
     model.train_on_batch(x, y)
     found = model.decision.observation.variance_trace[0]
     assert found == pytest.approx(expected, rel=1e-4, nan_ok=True)
@@ -191,7 +191,7 @@ def test_groups_take_the_variance_from_microbatches(examples, groups):
 def test_training_is_that_of_keras(groups):
     plain = compiled(metrics=["accuracy"])
     followed = cabs_tensorflow.adaptive(
-        compiled(metrics=["accuracy"]), controller(16, 16, 17), groups=groups
+        compiled(metrics=["accuracy"]), controller(16, 16, 17), microbatches=groups
     )
     for share in shares(96, 6):
         logs = [
@@ -207,7 +207,7 @@ def test_training_is_that_of_keras(groups):
             np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("follow", [{}, {"groups": 4}], ids=["exact", "groups"])
+@pytest.mark.parametrize("follow", [{}, {"microbatches": 4}], ids=["exact", "groups"])
 def test_each_batch_has_the_size_that_was_just_decided_and_an_epoch_is_one_pass(follow):
     made, log, history = fitted(compiled(rate=2.0), epochs=5, follow=follow)
     assert len(set(log.examples)) > 5, log.examples
@@ -249,7 +249,7 @@ def test_epochs_take_as_many_batches_as_they_need(capsys):
     assert "\n12/12 - " in shown
 
 
-@pytest.mark.parametrize("follow", [{}, {"groups": 3}], ids=["exact", "groups"])
+@pytest.mark.parametrize("follow", [{}, {"microbatches": 3}], ids=["exact", "groups"])
 def test_no_size_is_traced_but_the_first(follow):
     traces, first = [], []
 
@@ -392,7 +392,7 @@ def test_half_precision_scales_the_gradients_and_not_the_statistics():
     assert isinstance(model.optimizer, keras.optimizers.LossScaleOptimizer)
     _, rows = gradients_one_by_one(compiled(), X, LABELS)
     before = model.get_weights()
-    for follow in ({}, {"groups": 4}):
+    for follow in ({}, {"microbatches": 4}):
         model.set_weights(before)
         cabs_tensorflow.adaptive(model, controller(), **follow)
         model.train_on_batch(X, LABELS)
@@ -406,7 +406,7 @@ def test_half_precision_scales_the_gradients_and_not_the_statistics():
         np.testing.assert_allclose(moved / 0.3, rows.mean(axis=0), atol=2e-3)
 
 
-@pytest.mark.parametrize("follow", [{}, {"groups": 3}], ids=["exact", "groups"])
+@pytest.mark.parametrize("follow", [{}, {"microbatches": 3}], ids=["exact", "groups"])
 def test_xla_compiles_the_step(follow):
     _, expected, _ = fitted(compiled(), follow=follow)
     _, found, _ = fitted(compiled(jit_compile=True), follow=follow)
@@ -421,7 +421,7 @@ def test_xla_compiles_the_step(follow):
     ids=lambda layer: type(layer).__name__,
 )
 def test_groups_measure_any_model(more):
-    made, log, history = fitted(compiled(network(more)), epochs=2, follow={"groups": 4})
+    made, log, history = fitted(compiled(network(more)), epochs=2, follow={"microbatches": 4})
     assert made.held_steps == 0
     assert all(math.isfinite(decision.raw) for decision in log.decisions)
     assert history["loss"][1] < history["loss"][0]
@@ -430,7 +430,7 @@ def test_groups_measure_any_model(more):
 def test_groups_measure_a_recurrent_network():
     model = keras.Sequential([keras.Input((4, 6)), layers.LSTM(8), layers.Dense(3)])
     x = RANDOM.normal(size=(64, 4, 6)).astype(np.float32)
-    made, _, _ = fitted(compiled(model), (x, LABELS[:64]), follow={"groups": 4})
+    made, _, _ = fitted(compiled(model), (x, LABELS[:64]), follow={"microbatches": 4})
     assert made.held_steps == 0
 
 
@@ -511,11 +511,11 @@ class Halved(cabs_tensorflow.AdaptiveBatchSize, keras.Sequential):
             ValueError,
             "reduction='sum'",
         ),
-        (lambda: compiled(loss=None), ValueError, "compiled without a loss.*groups=8"),
+        (lambda: compiled(loss=None), ValueError, "compiled without a loss.*microbatches=8"),
         (
             lambda: compiled(network(activity_regularizer="l2")),
             ValueError,
-            "losses of a whole batch.*groups=8",
+            "losses of a whole batch.*microbatches=8",
         ),
         (lambda: compiled(loss=lambda y, p: keras.ops.mean(p - y)), ValueError, "each example"),
         (lambda: compiled(Halved(network().layers)), ValueError, "Halved overrides compute_loss,"),
@@ -557,8 +557,8 @@ def test_what_fit_cannot_be_given_is_said(options, error, message):
     [
         ({"controller": 32}, TypeError, "must be a cabs.Controller"),
         ({"controller": cabs.Controller(16, every=2)}, ValueError, "leave every out"),
-        ({"sample": 4, "groups": 2}, ValueError, "leave out groups"),
-        ({"groups": 1}, ValueError, "groups must be at least 2"),
+        ({"sample": 4, "microbatches": 2}, ValueError, "leave out microbatches"),
+        ({"microbatches": 1}, ValueError, "microbatches must be at least 2"),
         ({"sample": 0}, ValueError, "sample must be at least 1"),
     ],
 )

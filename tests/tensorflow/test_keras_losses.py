@@ -55,7 +55,7 @@ class PlainlySquared(keras.Sequential):
         return loss + tf.reduce_mean(tf.square(y_pred))
 
 
-@pytest.mark.parametrize("options", [{}, {"groups": 3}], ids=["exact", "groups"])
+@pytest.mark.parametrize("options", [{}, {"microbatches": 3}], ids=["exact", "groups"])
 def test_the_mean_of_losses_of_ones_own_is_what_is_minimized_and_evaluated(options):
     made = controller()
     model = compiled(Squared(parts()))
@@ -75,7 +75,7 @@ def test_the_mean_of_losses_of_ones_own_is_what_is_minimized_and_evaluated(optio
 def test_a_loss_of_the_batch_of_ones_own_is_measured_in_groups_alone():
     assert_refused(compiled(PlainlySquared(parts())), "PlainlySquared overrides compute_loss,")
     made = controller()
-    model = cabs_tensorflow.adaptive(compiled(PlainlySquared(parts())), made, groups=4)
+    model = cabs_tensorflow.adaptive(compiled(PlainlySquared(parts())), made, microbatches=4)
     model.fit(cabs_tensorflow.dataset(made, (X, LABELS)), verbose=0)
     assert (made.step, made.held_steps) == (1, 0)
 
@@ -116,7 +116,7 @@ def test_a_loss_that_reduces_itself_is_refused_before_anything_moves():
     assert_refused(compiled(keras.Sequential(parts()), Doubled()), "has a __call__ of its own")
 
 
-@pytest.mark.parametrize("options", [{}, {"groups": 3}], ids=["exact", "groups"])
+@pytest.mark.parametrize("options", [{}, {"microbatches": 3}], ids=["exact", "groups"])
 @pytest.mark.parametrize("reduction", ["sum", "mean_with_sample_weight", "none"])
 def test_a_loss_that_is_not_reduced_to_its_mean_is_refused(reduction, options):
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True, reduction=reduction)
@@ -147,12 +147,12 @@ def test_losses_in_a_row_for_outputs_by_name_are_refused():
     assert_refused(model, "loss must be one, or one for each output", y={"a": LABELS, "b": LABELS})
 
 
-@pytest.mark.parametrize("options", [{}, {"groups": 3}], ids=["exact", "groups"])
+@pytest.mark.parametrize("options", [{}, {"microbatches": 3}], ids=["exact", "groups"])
 @pytest.mark.parametrize("is_scaled", [False, True])
 def test_gradients_that_are_accumulated_are_refused_before_anything_moves(is_scaled, options):
     optimizer = keras.optimizers.SGD(1.0, gradient_accumulation_steps=4)
     if is_scaled:
         optimizer = keras.optimizers.LossScaleOptimizer(optimizer)
     model = compiled(keras.Sequential(parts()), optimizer=optimizer)
-    message = "gradient_accumulation_steps=4 in SGD; leave it out.*groups=4"
+    message = "gradient_accumulation_steps=4 in SGD; leave it out.*microbatches=4"
     assert_refused(model, message, **options)

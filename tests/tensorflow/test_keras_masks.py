@@ -82,7 +82,7 @@ def assert_variance_is_that_of_examples(make, counted, x, y, sample_weight=None)
     assert seen.variance_trace[0] == pytest.approx(trace, rel=1e-4)
 
 
-OPTIONS = pytest.mark.parametrize("options", [{}, {"groups": 3}], ids=["exact", "groups"])
+OPTIONS = pytest.mark.parametrize("options", [{}, {"microbatches": 3}], ids=["exact", "groups"])
 PLACES = pytest.mark.parametrize("weights", [None, WEIGHTS], ids=["plain", "weighted"])
 
 
@@ -189,7 +189,7 @@ def test_groups_of_a_masked_recurrent_network_have_the_gradient_of_the_batch():
         model.compile(keras.optimizers.SGD(1.0), cross_entropy())
         return model
 
-    assert_trained_as_by_keras(make, IDS, NEXT, groups=4)
+    assert_trained_as_by_keras(make, IDS, NEXT, microbatches=4)
 
 
 class Counting(keras.layers.Layer):
@@ -222,7 +222,7 @@ def test_groups_with_masks_that_training_changes_are_refused_before_anything_mov
     model.compile(keras.optimizers.SGD(1.0), cross_entropy())
     before = model.get_weights()
     with pytest.raises(ValueError, match=message):
-        followed(model, groups=2).train_on_batch(inputs, NEXT)
+        followed(model, microbatches=2).train_on_batch(inputs, NEXT)
     for one, other in zip(before, model.get_weights(), strict=True):
         np.testing.assert_array_equal(one, other)
 

@@ -157,7 +157,7 @@ def test_a_perceptron_is_exact_against_gradients_written_out_in_numpy(widths, ex
     variables = [one for pair in pairs for one in pair]
     _, statistics = measured(losses_of, variables, tf.constant(inputs), is_dynamic=True)
     np.testing.assert_allclose(statistics.group_square_sum, squares, rtol=1e-12)
-    np.testing.assert_allclose(statistics.mean_square, mean @ mean, rtol=1e-9, atol=1e-18)
+    np.testing.assert_allclose(statistics.gradient_norm_squared, mean @ mean, rtol=1e-9, atol=1e-18)
 
 
 KERAS_BLOCKS = {

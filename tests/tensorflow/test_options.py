@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+import cabs
 import cabs_tensorflow
 from tests.tensorflow.reference import (
     assert_exact,
@@ -29,7 +30,9 @@ def test_a_sample_stands_for_all_examples(sample, is_dynamic):
     taken = min(sample, 6)
     expected = (rows[:taken] ** 2).sum() * 6 / taken
     np.testing.assert_allclose(statistics.group_square_sum, expected, rtol=1e-12)
-    np.testing.assert_allclose(statistics.mean_square, (rows.mean(0) ** 2).sum(), rtol=1e-12)
+    np.testing.assert_allclose(
+        statistics.gradient_norm_squared, (rows.mean(0) ** 2).sum(), rtol=1e-12
+    )
     assert (int(statistics.examples), int(statistics.groups)) == (6, 6)
 
 
@@ -61,7 +64,9 @@ def test_compiled_by_xla_it_is_exact(length):
     for is_dynamic in (False, True):
         _, found = measured(losses_of, variables, batch, is_dynamic=is_dynamic, jit_compile=True)
         np.testing.assert_allclose(found.group_square_sum, (rows**2).sum(), rtol=1e-4)
-        np.testing.assert_allclose(found.mean_square, (rows.mean(0) ** 2).sum(), rtol=1e-4)
+        np.testing.assert_allclose(
+            found.gradient_norm_squared, (rows.mean(0) ** 2).sum(), rtol=1e-4
+        )
 
 
 def test_sources_keep_their_structure():
@@ -294,3 +299,19 @@ def test_a_tensor_that_is_watched_and_what_it_is_made_of_are_refused_together():
 
     with pytest.raises(cabs_tensorflow.UncoveredParameterError, match="made of another one"):
         step(draw(1, 5, 4))
+
+
+def test_a_controller_takes_statistics_as_they_are():
+    losses_of, weight = losses_and_weight()
+    batch = tf.constant(draw(1, 6, 4))
+    (gradient,), statistics = measured(losses_of, [weight], batch)
+    parts = cabs_tensorflow.PartialStatistics.of_group(2, [gradient])
+    parts += cabs_tensorflow.PartialStatistics.of_group(4, [gradient])
+    mean = tf.reduce_mean(losses_of(batch))
+    for one in (statistics, parts.complete([gradient], loss=mean)):
+        controller = cabs.Controller(16)
+        decision = controller.update(one, learning_rate=0.1)
+        assert decision.observation.loss == pytest.approx(float(mean))
+        assert decision.observation.variance_trace == (one.read().variance_trace,)
+    with pytest.raises(ValueError, match="loss must be given"):
+        controller.update(parts.complete([gradient]), learning_rate=0.1)

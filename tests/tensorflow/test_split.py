@@ -91,7 +91,7 @@ def test_exact_statistics_of_pieces_are_those_of_the_batch(seed, examples, most,
     assert (found.examples, found.groups) == (examples, examples)
     assert_near(flat(gradients), mean, rtol)
     assert_near(found.group_square_sum, np.sum(rows**2), rtol)
-    assert_near(found.mean_square, np.sum(mean**2), rtol)
+    assert_near(found.gradient_norm_squared, np.sum(mean**2), rtol)
     # The trace is a difference, and carries the rounding errors of what it is the difference of.
     slack = rtol * np.sum(rows**2) / (examples - 1)
     trace = rows.var(axis=0, ddof=1).sum()
@@ -99,7 +99,7 @@ def test_exact_statistics_of_pieces_are_those_of_the_batch(seed, examples, most,
     # And so they are those of a single call.
     whole = network.exact(batch)[1].read()
     assert_near(found.group_square_sum, whole.group_square_sum, rtol)
-    assert_near(found.mean_square, whole.mean_square, rtol)
+    assert_near(found.gradient_norm_squared, whole.gradient_norm_squared, rtol)
 
 
 @given(st.integers(0, 99), st.integers(3, 11), st.integers(1, 5))

@@ -21,7 +21,7 @@ def test_mean_against_sum_the_gradient_of_an_example_is_m_times_its_share():
     weight = tf.Variable(1.0)
     (gradient,), statistics = measured(lambda x: weight * x, [weight], tf.constant([1.0, 2.0, 3.0]))
     assert float(statistics.group_square_sum) == pytest.approx(1.0 + 4.0 + 9.0)
-    assert (float(statistics.mean_square), float(gradient)) == (4.0, 2.0)
+    assert (float(statistics.gradient_norm_squared), float(gradient)) == (4.0, 2.0)
 
 
 @pytest.mark.parametrize("scale", [1024.0, 2.0**-8])
@@ -34,7 +34,7 @@ def test_loss_scaling_scales_gradients_and_not_statistics(scale):
     (plain,), statistics = measured(losses_of, [weight], batch)
     (scaled,), same = measured(losses_of, [weight], batch, loss_scale=scale)
     np.testing.assert_allclose(scaled, scale * plain, rtol=1e-12)
-    for name in ("group_square_sum", "mean_square", "variance_trace"):
+    for name in ("group_square_sum", "gradient_norm_squared", "variance_trace"):
         np.testing.assert_allclose(getattr(same, name), getattr(statistics, name), rtol=1e-10)
 
 
@@ -186,7 +186,9 @@ def test_the_gradient_of_the_batch_is_no_mean_of_norms():
 
     rows = gradients_one_by_one(losses_of, [weight], batch)
     gradients, statistics = measured(losses_of, [weight], batch)
-    assert float(statistics.mean_square) == pytest.approx((flat(gradients) ** 2).sum(), rel=1e-10)
+    assert float(statistics.gradient_norm_squared) == pytest.approx(
+        (flat(gradients) ** 2).sum(), rel=1e-10
+    )
     assert float(statistics.variance_trace) == pytest.approx(rows.var(0, ddof=1).sum(), rel=1e-10)
 
 
@@ -198,7 +200,7 @@ def test_slices_of_a_gradient_that_name_a_row_twice_are_added_before_they_are_sq
     )
     assert isinstance(gradients[0], tf.IndexedSlices)
     dense = tf.convert_to_tensor(gradients[0]).numpy()
-    np.testing.assert_allclose(statistics.mean_square, (dense**2).sum(), rtol=1e-12)
+    np.testing.assert_allclose(statistics.gradient_norm_squared, (dense**2).sum(), rtol=1e-12)
 
 
 def test_one_trace_serves_all_sizes_of_a_run():

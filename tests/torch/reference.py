@@ -43,12 +43,14 @@ def assert_exact(model, loss_fn, inputs, targets):
         else:
             assert torch.equal(parameter.grad, expected.grad), name
     rows = gradients_one_by_one(model, loss_fn, inputs, targets)
-    square_sum, mean_square = rows.square().sum(), rows.mean(dim=0).square().sum()
+    square_sum, gradient_norm_squared = rows.square().sum(), rows.mean(dim=0).square().sum()
     assert (statistics.examples, statistics.groups) == (len(targets), len(targets))
     torch.testing.assert_close(statistics.group_square_sum, square_sum, rtol=rtol, atol=1e-30)
     # Where the gradients nearly cancel, the batch's own gradient carries their rounding errors.
-    slack = rtol * float(mean_square * square_sum / len(targets)) ** 0.5 + 1e-14
-    torch.testing.assert_close(statistics.mean_square, mean_square, rtol=rtol, atol=slack)
+    slack = rtol * float(gradient_norm_squared * square_sum / len(targets)) ** 0.5 + 1e-14
+    torch.testing.assert_close(
+        statistics.gradient_norm_squared, gradient_norm_squared, rtol=rtol, atol=slack
+    )
     # Where the gradients nearly agree, the trace is a small difference of these two.
     trace, slack = rows.var(dim=0).sum(), rtol * float(square_sum) / (len(targets) - 1)
     torch.testing.assert_close(statistics.variance_trace, trace, rtol=rtol, atol=slack)

@@ -60,7 +60,9 @@ def test_groups_of_any_sizes_are_exact(seed, sizes):
     square_sum = sum(n * float(row.square().sum()) for n, row in zip(sizes, rows, strict=True))
     assert (statistics.examples, statistics.groups) == (m, len(sizes))
     assert float(statistics.group_square_sum) == pytest.approx(square_sum, rel=1e-10)
-    assert float(statistics.mean_square) == pytest.approx(float(mean.square().sum()), rel=1e-10)
+    assert float(statistics.gradient_norm_squared) == pytest.approx(
+        float(mean.square().sum()), rel=1e-10
+    )
 
 
 def test_groups_of_one_are_the_statistics_of_the_batch():
@@ -115,7 +117,7 @@ def test_a_scaled_loss_gives_the_statistics_of_the_loss_before():
             loss = cross_entropy(model(inputs[piece]), targets[piece]).mean()
             accumulation.backward(loss, examples=2, scaler=scaler)
         found.append(accumulation.complete())
-    for name in ("group_square_sum", "mean_square"):
+    for name in ("group_square_sum", "gradient_norm_squared"):
         torch.testing.assert_close(getattr(found[0], name), getattr(found[1], name))
 
 
@@ -199,8 +201,8 @@ def test_frozen_parameters_and_their_old_gradients_are_passed_over():
     accumulation = cabs_torch.Accumulation(model.parameters(), batch_size=4)
     accumulate(accumulation, model, 2)
     statistics = accumulation.complete()
-    expected = cabs_torch.mean_square(model[1].parameters())
-    torch.testing.assert_close(statistics.mean_square, expected)
+    expected = cabs_torch.gradient_norm_squared(model[1].parameters())
+    torch.testing.assert_close(statistics.gradient_norm_squared, expected)
 
 
 def test_names_in_place_of_parameters_are_an_error():

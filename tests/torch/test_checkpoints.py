@@ -62,7 +62,7 @@ def test_checkpoints_change_no_statistics_and_no_gradients(reentrant, shape):
     packed.reentrant = reentrant
     expected, gradients = measured(plain, inputs, targets)
     statistics, others = measured(packed, inputs, targets)
-    for name in ("group_square_sum", "mean_square"):
+    for name in ("group_square_sum", "gradient_norm_squared"):
         torch.testing.assert_close(
             getattr(statistics, name), getattr(expected, name), rtol=1e-12, atol=0
         )
@@ -87,12 +87,12 @@ def test_such_a_parameter_is_exact_inside_of_a_checkpoint_that_is_not_reentrant(
     torch.testing.assert_close(one.variance_trace, other.variance_trace, rtol=1e-12, atol=0)
 
 
-@pytest.mark.parametrize("options", [{}, {"uncovered": "ignore"}, {"groups": "first"}])
+@pytest.mark.parametrize("options", [{}, {"uncovered": "ignore"}, {"parameter_groups": "first"}])
 def test_a_parameter_that_is_given_to_a_reentrant_checkpoint_is_refused(options):
     torch.manual_seed(0)
     first, places = nn.Linear(4, 4), nn.Parameter(torch.randn(6, 4))
-    if options.get("groups"):
-        options = {"groups": [first.parameters()]}
+    if options.get("parameter_groups"):
+        options = {"parameter_groups": [first.parameters()]}
     hidden = first(torch.randn(3, 6, 4))
     hidden = checkpoint(lambda h, p: (h + p).tanh(), hidden, places * 2.0, use_reentrant=True)
     with pytest.raises(UncoveredParameterError, match="given to a reentrant checkpoint"):
@@ -122,7 +122,7 @@ def test_a_function_that_hides_parameters_is_refused_before_it_writes_gradients(
     first, hidden, shift = nn.Linear(4, 4), nn.Linear(4, 4), nn.Parameter(torch.ones(4))
     inputs = torch.randn(3, 4)
     losses = Own.apply(inputs if is_first else first(inputs), shift, hidden).square().mean(dim=1)
-    for policy in ("error", "groups", "ignore"):
+    for policy in ("error", "microbatches", "ignore"):
         with pytest.raises(UncoveredParameterError, match="a backward pass of its own"):
             cabs_torch.backward(losses, uncovered=policy)
     assert hidden.weight.grad is None

@@ -42,7 +42,7 @@ def test_norm_layers_that_are_differentiated_twice_are_exact(norm):
         rows.append(torch.autograd.grad(loss, list(model.parameters())))
     flat = torch.stack([torch.cat([one.flatten() for one in row]) for row in rows])
     losses = squares(model(inputs.clone()), targets)
-    statistics = cabs_torch.backward(losses, groups=[list(model.parameters())])
+    statistics = cabs_torch.backward(losses, parameter_groups=[list(model.parameters())])
     torch.testing.assert_close(statistics.variance_trace[0], flat.var(dim=0).sum())
 
 

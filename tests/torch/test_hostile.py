@@ -35,7 +35,7 @@ def assert_sums(losses, parameters, **options):
         statistics.group_square_sum, rows.square().sum(), rtol=1e-10, atol=1e-12
     )
     mean = rows.mean(dim=0).square().sum()
-    torch.testing.assert_close(statistics.mean_square, mean, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(statistics.gradient_norm_squared, mean, rtol=1e-10, atol=1e-12)
 
 
 class Fused(torch.autograd.Function):
@@ -126,7 +126,7 @@ def test_a_quotient_that_is_rounded_has_no_gradient():
     assert_sums(losses, [weight])
 
 
-@pytest.mark.parametrize("policy", ["ignore", "groups"])
+@pytest.mark.parametrize("policy", ["ignore", "microbatches"])
 def test_a_parameter_that_is_lost_in_one_place_is_lost_in_all(policy):
     torch.manual_seed(0)
     inputs, first, second = torch.randn(8, 3, **DOUBLE), parameter(3), parameter(3)
@@ -140,8 +140,8 @@ def test_a_parameter_that_is_lost_in_one_place_is_lost_in_all(policy):
         torch.testing.assert_close(statistics.variance_trace, rows.var(dim=0).sum())
     else:
         statistics = cabs_torch.backward(losses, uncovered=policy)
-        whole = cabs_torch.mean_square([first, second, third])
-        torch.testing.assert_close(statistics.mean_square, whole)
+        whole = cabs_torch.gradient_norm_squared([first, second, third])
+        torch.testing.assert_close(statistics.gradient_norm_squared, whole)
     assert statistics.measured == pytest.approx(1 / 3)
 
 
@@ -153,7 +153,7 @@ def test_groups_beside_a_reentrant_checkpoint_are_an_error_in_words():
     )
     losses = (hidden @ first).square().sum(1)
     with pytest.raises(ValueError, match="does not work with reentrant checkpoints"):
-        cabs_torch.backward(losses, uncovered="groups")
+        cabs_torch.backward(losses, uncovered="microbatches")
 
 
 def test_a_tied_table_whose_uses_cancel_keeps_its_digits():
@@ -270,7 +270,7 @@ def test_a_refused_parameter_in_no_group_is_left_alone():
     last = list(model[2].parameters())
     rows = [torch.autograd.grad(loss, last, retain_graph=True) for loss in losses]
     rows = torch.stack([torch.cat([one.flatten() for one in row]) for row in rows])
-    statistics = cabs_torch.backward(losses, groups=[last])
+    statistics = cabs_torch.backward(losses, parameter_groups=[last])
     torch.testing.assert_close(statistics.variance_trace.sum(), rows.var(dim=0).sum())
 
 
@@ -278,12 +278,12 @@ def test_optimizer_groups_may_be_given_as_they_are_and_names_may_not():
     layer = nn.Linear(3, 2).double()
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
     inputs = torch.randn(4, 3, **DOUBLE)
-    one = cabs_torch.backward(layer(inputs).sum(1), groups=optimizer.param_groups)
-    other = cabs_torch.backward(layer(inputs).sum(1), groups=optimizer)
+    one = cabs_torch.backward(layer(inputs).sum(1), parameter_groups=optimizer.param_groups)
+    other = cabs_torch.backward(layer(inputs).sum(1), parameter_groups=optimizer)
     assert torch.equal(one.variance_trace, other.variance_trace)
     assert float(one.group_square_sum) > 0.0
-    with pytest.raises(TypeError, match="groups must hold parameters, got tuple"):
-        cabs_torch.backward(layer(inputs).sum(1), groups=[list(layer.named_parameters())])
+    with pytest.raises(TypeError, match="parameter_groups must hold parameters, got tuple"):
+        cabs_torch.backward(layer(inputs).sum(1), parameter_groups=[list(layer.named_parameters())])
 
 
 def test_batch_normalization_without_epsilon_is_exact():

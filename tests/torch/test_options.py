@@ -42,7 +42,7 @@ def test_a_sample_is_that_of_the_first_examples(seed, examples, sample, chunk):
     expected = kept.square().sum() * (examples / len(kept))
     torch.testing.assert_close(statistics.group_square_sum, expected, rtol=1e-9, atol=0)
     mean = rows.mean(0).square().sum()
-    torch.testing.assert_close(statistics.mean_square, mean, rtol=1e-9, atol=1e-20)
+    torch.testing.assert_close(statistics.gradient_norm_squared, mean, rtol=1e-9, atol=1e-20)
     assert (statistics.examples, statistics.groups) == (examples, examples)
 
 
@@ -70,7 +70,7 @@ def test_an_optimizer_gives_one_trace_a_group_for_its_learning_rates():
     )
     inputs, targets = batch(4)
     losses = cross_entropy(model(inputs), targets)
-    statistics = cabs_torch.backward(losses, groups=optimizer)
+    statistics = cabs_torch.backward(losses, parameter_groups=optimizer)
     rows = gradients_one_by_one(model, cross_entropy, inputs, targets)
     names = [name for name, one in model.named_parameters() for _ in range(one.numel())]
     for index, wanted in enumerate(
@@ -101,9 +101,13 @@ def test_microbatches_add_up_to_the_statistics_of_the_whole_batch(seed, sizes):
     for piece in torch.arange(total).split(sizes):
         losses = cross_entropy(model(inputs[piece]), targets[piece])
         parts.append(cabs_torch.backward(losses, batch_size=total).partial)
-    merged = sum(parts).complete(mean_square=cabs_torch.mean_square(model.parameters()))
+    merged = sum(parts).complete(
+        gradient_norm_squared=cabs_torch.gradient_norm_squared(model.parameters())
+    )
     torch.testing.assert_close(merged.group_square_sum, expected.group_square_sum)
-    torch.testing.assert_close(merged.mean_square, expected.mean_square, rtol=1e-9, atol=1e-20)
+    torch.testing.assert_close(
+        merged.gradient_norm_squared, expected.gradient_norm_squared, rtol=1e-9, atol=1e-20
+    )
     for one, other in zip(model.parameters(), whole.parameters(), strict=True):
         torch.testing.assert_close(one.grad, other.grad)
 
@@ -127,10 +131,10 @@ def test_loss_scaling_under_autocast_is_taken_out_again(dtype):
     expected = rows.square().sum()
     torch.testing.assert_close(found.group_square_sum, expected, rtol=0.05, atol=0)
     mean = rows.mean(0).square().sum()
-    torch.testing.assert_close(found.mean_square, mean, rtol=0.05, atol=0)
+    torch.testing.assert_close(found.gradient_norm_squared, mean, rtol=0.05, atol=0)
     scaler.unscale_(optimizer)
-    mean = cabs_torch.mean_square(optimizer).sum()
-    torch.testing.assert_close(found.mean_square, mean, rtol=1e-5, atol=0)
+    mean = cabs_torch.gradient_norm_squared(optimizer).sum()
+    torch.testing.assert_close(found.gradient_norm_squared, mean, rtol=1e-5, atol=0)
 
 
 def test_a_gradient_that_overflows_is_held():
@@ -171,12 +175,12 @@ def test_uncovered_parameters_can_be_estimated_from_groups():
         )
         for loss in losses
     ]
-    statistics = cabs_torch.backward(losses, uncovered="groups")
+    statistics = cabs_torch.backward(losses, uncovered="microbatches")
     # Three examples a group: what varies between the means of groups is a third.
     expected = torch.stack(rows).var(dim=0).sum() * 3 + torch.stack(last).var(dim=0).sum()
     torch.testing.assert_close(statistics.variance_trace, expected)
-    whole = cabs_torch.mean_square(plain.parameters())
-    torch.testing.assert_close(statistics.mean_square, whole)
+    whole = cabs_torch.gradient_norm_squared(plain.parameters())
+    torch.testing.assert_close(statistics.gradient_norm_squared, whole)
     assert statistics.measured < 1.0
     for one, other in zip(model.parameters(), plain.parameters(), strict=True):
         assert torch.equal(one.grad, other.grad)
@@ -204,7 +208,7 @@ def test_uncovered_parameters_can_be_left_out_and_are_counted():
         statistics = cabs_torch.backward(losses, uncovered="ignore")
     assert statistics.measured == pytest.approx(25 / 49)
     torch.testing.assert_close(statistics.variance_trace, rows.var(dim=0).sum())
-    torch.testing.assert_close(statistics.mean_square, rows.mean(dim=0).square().sum())
+    torch.testing.assert_close(statistics.gradient_norm_squared, rows.mean(dim=0).square().sum())
 
 
 def test_several_losses_are_added_before():
@@ -225,10 +229,10 @@ def test_a_group_with_nothing_measured_is_an_error_before_any_gradient():
     model, other = nn.Linear(3, 2), nn.Parameter(torch.ones(3))
     losses = squares(model(torch.randn(4, 3)), torch.randn(4))
     with pytest.raises(ValueError, match="nothing is measured for parameter group 0 of 2"):
-        cabs_torch.backward(losses, groups=[[other], model.parameters()])
+        cabs_torch.backward(losses, parameter_groups=[[other], model.parameters()])
     assert model.weight.grad is None
     # One outside of the graph beside others is left alone.
-    statistics = cabs_torch.backward(losses, groups=[[other, model.bias], [model.weight]])
+    statistics = cabs_torch.backward(losses, parameter_groups=[[other, model.bias], [model.weight]])
     assert other.grad is None
     assert bool((statistics.group_square_sum > 0.0).all())
 
@@ -266,9 +270,17 @@ def test_losses_of_frozen_or_left_out_parameters_alone_are_an_error():
         ({"sample": 1.5}, TypeError, "sample must be an integer, got sample = 1.5"),
         ({"chunk": 0}, ValueError, "chunk must be at least 1"),
         ({"batch_size": 3}, ValueError, "batch_size must be at least 4, got batch_size = 3"),
-        ({"uncovered": "guess"}, ValueError, "'error', 'groups' or 'ignore', got uncovered = 'gue"),
-        ({"groups": []}, ValueError, "groups must hold parameters, got none"),
-        ({"groups": [torch.ones(2)]}, TypeError, "got an iterable of tensors; wrap it in a list"),
+        (
+            {"uncovered": "guess"},
+            ValueError,
+            "'error', 'microbatches' or 'ignore', got uncovered = 'gue",
+        ),
+        ({"parameter_groups": []}, ValueError, "parameter_groups must hold parameters, got none"),
+        (
+            {"parameter_groups": [torch.ones(2)]},
+            TypeError,
+            "got an iterable of tensors; wrap it in a list",
+        ),
     ],
 )
 def test_options_that_make_no_sense_are_refused(options, error, message):
@@ -283,7 +295,7 @@ def test_groups_that_overlap_are_refused():
     with pytest.raises(
         ValueError, match=r"must not overlap: parameter 'bias' of Linear.*, is in two"
     ):
-        cabs_torch.backward(losses, groups=[layer.parameters(), [layer.bias]])
+        cabs_torch.backward(losses, parameter_groups=[layer.parameters(), [layer.bias]])
 
 
 def test_losses_of_inference_mode_are_refused():
@@ -299,7 +311,7 @@ def test_an_accumulation_of_a_group_with_nothing_measured_is_an_error():
     accumulation = cabs_torch.Accumulation(optimizer, batch_size=4)
     for _ in range(2):
         accumulation.backward(layer(torch.randn(2, 3)).square().mean(), examples=2)
-    for act in (accumulation.complete, lambda: cabs_torch.mean_square(optimizer)):
+    for act in (accumulation.complete, lambda: cabs_torch.gradient_norm_squared(optimizer)):
         with pytest.raises(ValueError, match="nothing is measured for parameter group 0 of 2"):
             act()
 
@@ -310,9 +322,9 @@ def test_gradients_of_an_earlier_step_beside_partial_statistics_are_an_error():
     for part in (inputs[:2], inputs[2:], inputs[2:], inputs[2:]):
         losses = layer(part).squeeze(1)
         parts.append(cabs_torch.backward(losses, batch_size=4).partial)
-    square = cabs_torch.mean_square(layer.parameters())
+    square = cabs_torch.gradient_norm_squared(layer.parameters())
     with pytest.raises(ValueError, match="set them to zero before a step"):
-        sum(parts[:2]).complete(mean_square=square)
+        sum(parts[:2]).complete(gradient_norm_squared=square)
 
 
 def test_a_frozen_group_counts_as_zero():
@@ -321,7 +333,7 @@ def test_a_frozen_group_counts_as_zero():
     accumulation = cabs_torch.Accumulation(optimizer, batch_size=4)
     for _ in range(2):
         accumulation.backward(layer(torch.randn(2, 3)).square().mean(), examples=2)
-    assert cabs_torch.mean_square(optimizer)[0] == 0.0
+    assert cabs_torch.gradient_norm_squared(optimizer)[0] == 0.0
     trace = accumulation.complete().variance_trace
     assert trace[0] == 0.0
     assert trace[1] > 0.0
@@ -337,4 +349,30 @@ def test_the_variance_of_a_sample_may_be_negative_and_says_that_it_is_estimated(
 
 def test_mean_square_without_gradients_is_an_error():
     with pytest.raises(ValueError, match="parameters must hold gradients, got none"):
-        cabs_torch.mean_square(nn.Linear(3, 2).parameters())
+        cabs_torch.gradient_norm_squared(nn.Linear(3, 2).parameters())
+
+
+@pytest.mark.parametrize("kind", ["exact", "groups of parameters", "microbatches", "compiled"])
+def test_a_controller_takes_statistics_as_they_are(kind):
+    model = Residual()
+    inputs, targets = batch(6)
+    losses_of = lambda x, y: cross_entropy(model(x), y)  # noqa: E731
+    mean = float(losses_of(inputs, targets).detach().mean())
+    if kind == "microbatches":
+        accumulation = cabs_torch.Accumulation(model.parameters(), batch_size=6)
+        for part in (slice(0, 2), slice(2, 6)):
+            loss = losses_of(inputs[part], targets[part]).mean()
+            accumulation.backward(loss, examples=part.stop - part.start)
+        statistics = accumulation.complete()
+    elif kind == "compiled":
+        _, statistics = cabs_torch.compile(model, losses_of, backend="aot_eager")(inputs, targets)
+    else:
+        groups = None if kind == "exact" else [[one] for one in model.parameters()]
+        statistics = cabs_torch.backward(losses_of(inputs, targets), parameter_groups=groups)
+    rates = 0.1 if kind != "groups of parameters" else [0.1] * len([*model.parameters()])
+    given, alone = cabs.Controller(16), cabs.Controller(16)
+    decision = given.update(statistics, learning_rate=rates)
+    assert decision.observation.loss == pytest.approx(mean, rel=1e-6)
+    trace = statistics.read().variance_trace
+    loss = decision.observation.loss
+    assert decision == alone.update(learning_rate=rates, variance_trace=trace, loss=loss)

@@ -58,12 +58,12 @@ def numbers_without_a_word_about_ranks_are_errors():
     inputs, targets = share()
     losses = cross_entropy(model(inputs), targets)
     step = cabs_torch.compile(
-        model, lambda x, y: cross_entropy(model(x), y), backend="aot_eager", groups=None
+        model, lambda x, y: cross_entropy(model(x), y), backend="aot_eager", parameter_groups=None
     )
     for act in (
         lambda: cabs_torch.backward(losses),
         lambda: cabs_torch.Accumulation(model.parameters(), batch_size=EACH),
-        lambda: cabs_torch.mean_square(model.parameters()),
+        lambda: cabs_torch.gradient_norm_squared(model.parameters()),
         lambda: step(inputs, targets),
     ):
         with pytest.raises(ValueError, match=r"runs 2 ranks.* pass process_group=False"):
@@ -97,7 +97,9 @@ def backward_measures_this_ranks_own_examples_under_every_wrapper():
             )
             assert statistics.examples == EACH, name
             torch.testing.assert_close(statistics.variance_trace, trace_of(rows))
-            torch.testing.assert_close(statistics.mean_square, rows.mean(dim=0).square().sum())
+            torch.testing.assert_close(
+                statistics.gradient_norm_squared, rows.mean(dim=0).square().sum()
+            )
             for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
                 same = ours.grad == theirs.grad
                 assert bool((same.to_local() if hasattr(same, "to_local") else same).all()), name
@@ -161,7 +163,7 @@ def reductions_are_noticed_in_tables_and_in_reentrant_checkpoints():
     for losses, options in (
         (tables(*ids).square(), {}),
         (cross_entropy(classes(pixels), targets), {}),
-        (cross_entropy(inside(inputs), targets), {"groups": [list(inside.parameters())]}),
+        (cross_entropy(inside(inputs), targets), {"parameter_groups": [list(inside.parameters())]}),
     ):
         with pytest.raises(RuntimeError, match="something reduces gradients over ranks"):
             cabs_torch.backward(losses, batch_size=2 * EACH, process_group=False, **options)
@@ -195,9 +197,9 @@ def microbatches_without_a_reduction_are_this_ranks_groups():
             losses = cross_entropy(model(inputs[part]), targets[part])
             statistics = cabs_torch.backward(losses, batch_size=EACH, process_group=False)
             parts.append(statistics.partial)
-    square = cabs_torch.mean_square(model.parameters(), process_group=False)
+    square = cabs_torch.gradient_norm_squared(model.parameters(), process_group=False)
     torch.testing.assert_close(
-        sum(parts).complete(mean_square=square).variance_trace, trace_of(rows)
+        sum(parts).complete(gradient_norm_squared=square).variance_trace, trace_of(rows)
     )
 
 
@@ -211,7 +213,7 @@ def sharded_parameters_are_errors_and_no_zeros():
             cabs_torch.Accumulation(parameters, batch_size=EACH, process_group=False)
     losses = cross_entropy(model(inputs), targets)
     with pytest.raises(ValueError, match="nothing is measured for parameter group 0"):
-        cabs_torch.backward(losses, groups=optimizer, process_group=False)
+        cabs_torch.backward(losses, parameter_groups=optimizer, process_group=False)
     held = [nn.Parameter(torch.ones(3))]
     accumulation = cabs_torch.Accumulation(held, batch_size=EACH, process_group=False)
     with pytest.raises(ValueError, match="none of them in its graph"):
@@ -221,7 +223,7 @@ def sharded_parameters_are_errors_and_no_zeros():
     with pytest.raises(RuntimeError, match="something reduces gradients over ranks"):
         accumulation.backward(losses.mean(), examples=2)
     with pytest.raises(ValueError, match="is a DTensor"):
-        cabs_torch.mean_square(model.parameters(), process_group=False)
+        cabs_torch.gradient_norm_squared(model.parameters(), process_group=False)
 
 
 def distributed_tensors_are_errors():

@@ -39,7 +39,9 @@ class Run:
             for parameter in self.model.parameters():
                 dist.all_reduce(parameter.grad)
         statistics = cabs.PartialStatistics(m, m, sums[0]).complete(
-            mean_square=cabs_torch.mean_square(self.model.parameters(), process_group=False)
+            gradient_norm_squared=cabs_torch.gradient_norm_squared(
+                self.model.parameters(), process_group=False
+            )
         )
         self.optimizer.step()
         return self.controller.update(

@@ -48,7 +48,9 @@ def exact(model, pieces, examples):
         cabs_torch.backward(losses_of(model, piece), batch_size=examples).partial
         for piece in pieces
     ]
-    return sum(parts).complete(mean_square=cabs_torch.mean_square(model.parameters()))
+    return sum(parts).complete(
+        gradient_norm_squared=cabs_torch.gradient_norm_squared(model.parameters())
+    )
 
 
 # At most three at a time: pieces are then of two at least, and one example shows no variance.
@@ -65,7 +67,7 @@ def test_exact_statistics_of_pieces_are_those_of_the_batch(seed, examples, most,
     assert (found.examples, found.groups) == (examples, examples)
     assert_near(flat_gradient(model), mean, rtol)
     assert_near(found.group_square_sum, rows.square().sum(), rtol)
-    assert_near(found.mean_square, mean.square().sum(), rtol)
+    assert_near(found.gradient_norm_squared, mean.square().sum(), rtol)
     # The trace is a difference, and carries the rounding errors of what it is the difference of.
     slack = rtol * float(rows.square().sum()) / (examples - 1)
     trace = rows.var(dim=0).sum()
@@ -74,7 +76,7 @@ def test_exact_statistics_of_pieces_are_those_of_the_batch(seed, examples, most,
     model.zero_grad()
     whole = cabs_torch.backward(losses_of(model, batch))
     assert_near(found.group_square_sum, whole.group_square_sum, rtol)
-    assert_near(found.mean_square, whole.mean_square, rtol)
+    assert_near(found.gradient_norm_squared, whole.gradient_norm_squared, rtol)
 
 
 @given(st.integers(0, 99), st.integers(3, 11), st.integers(1, 5))

@@ -17,7 +17,7 @@ def test_mean_against_sum_the_gradient_of_an_example_is_m_times_its_share():
     inputs = torch.tensor([[1.0], [2.0], [3.0]])
     statistics = cabs_torch.backward(layer(inputs).squeeze(1))
     assert float(statistics.group_square_sum) == pytest.approx(1.0 + 4.0 + 9.0)
-    assert float(statistics.mean_square) == pytest.approx(4.0)
+    assert float(statistics.gradient_norm_squared) == pytest.approx(4.0)
 
 
 def test_gradient_accumulation_the_mean_square_is_of_this_batch_alone():
@@ -25,7 +25,7 @@ def test_gradient_accumulation_the_mean_square_is_of_this_batch_alone():
     model, inputs, targets = nn.Linear(3, 2), torch.randn(4, 3), torch.randint(2, (4,))
     first = cabs_torch.backward(cross_entropy(model(inputs), targets))
     second = cabs_torch.backward(cross_entropy(model(inputs), targets))
-    assert float(first.mean_square) == float(second.mean_square)
+    assert float(first.gradient_norm_squared) == float(second.gradient_norm_squared)
     accumulated = model.weight.grad.clone()
     model.zero_grad()
     cabs_torch.backward(cross_entropy(model(inputs), targets))
@@ -43,7 +43,9 @@ def test_microbatches_add_up_to_the_statistics_of_the_whole_batch():
         rows = torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
         gradient = gradient + rows * (parts[-1].examples / 7)
         model.zero_grad()
-    merged = (parts[0].partial + parts[1].partial).complete(mean_square=gradient.square().sum())
+    merged = (parts[0].partial + parts[1].partial).complete(
+        gradient_norm_squared=gradient.square().sum()
+    )
     assert float(merged.variance_trace) == pytest.approx(float(whole.variance_trace), rel=1e-5)
 
 
@@ -101,7 +103,7 @@ def test_a_long_sum_in_single_precision_loses_no_digits():
     layer = nn.Linear(4096, 2048, bias=False)
     statistics = cabs_torch.backward(layer(torch.randn(2, 4096)).square().mean(dim=1))
     expected = layer.weight.grad.double().square().sum()
-    torch.testing.assert_close(statistics.mean_square, expected, rtol=1e-8, atol=0.0)
+    torch.testing.assert_close(statistics.gradient_norm_squared, expected, rtol=1e-8, atol=0.0)
 
 
 def test_chunks_of_examples_do_not_change_the_sum(monkeypatch):
@@ -132,7 +134,7 @@ def test_a_tensor_that_requires_gradients_can_be_handed_to_the_controller_as_it_
     controller = Controller(16)
     decision = controller.update(
         learning_rate=torch.tensor([0.1, 0.2]),
-        variance_trace=torch.stack([statistics.variance_trace, statistics.mean_square]),
+        variance_trace=torch.stack([statistics.variance_trace, statistics.gradient_norm_squared]),
         loss=losses.mean(),
     )
     assert not decision.held
@@ -170,7 +172,9 @@ def test_losses_in_half_precision_are_averaged_by_a_rounded_number():
     exact = cabs_torch.backward(layer(inputs).square().sum(dim=1))
     half = cabs_torch.backward(layer(inputs).square().sum(dim=1).to(torch.bfloat16))
     torch.testing.assert_close(half.group_square_sum, exact.group_square_sum, rtol=1e-5, atol=0.0)
-    torch.testing.assert_close(half.mean_square, exact.mean_square, rtol=1e-5, atol=0.0)
+    torch.testing.assert_close(
+        half.gradient_norm_squared, exact.gradient_norm_squared, rtol=1e-5, atol=0.0
+    )
 
 
 def test_autocast_around_the_backward_pass_does_not_round_the_sums():
@@ -228,7 +232,7 @@ def test_loss_scaling_does_not_scale_the_statistics():
     plain = cabs_torch.backward(layer(inputs).square().sum(dim=1))
     scaled = cabs_torch.backward(layer(inputs).square().sum(dim=1), scaler=scaler)
     torch.testing.assert_close(scaled.variance_trace, plain.variance_trace)
-    torch.testing.assert_close(scaled.mean_square, plain.mean_square)
+    torch.testing.assert_close(scaled.gradient_norm_squared, plain.gradient_norm_squared)
 
 
 def test_recurrent_cells_are_used_once_a_step():

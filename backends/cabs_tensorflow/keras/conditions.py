@@ -70,8 +70,8 @@ def _check_accumulation(optimizer: Any) -> None:
                 "each step must update with the gradient of its own batch, for which the "
                 f"controller decides the size, got gradient_accumulation_steps={steps} in "
                 f"{type(optimizer).__name__}; leave it out, and let the controller ask for batches "
-                f"that are {steps} times as large: with groups={steps}, each is taken in as many "
-                "parts, one after another"
+                f"that are {steps} times as large: with microbatches={steps}, each is "
+                "taken in as many parts, one after another"
             )
         # What scales the loss holds another one.
         optimizer = getattr(optimizer, "inner_optimizer", None)
@@ -87,7 +87,7 @@ def _say_what_to_override(model: Any) -> None:
     raise ValueError(
         f"{name} overrides compute_loss, which says nothing of single examples; override "
         "compute_losses in its place, one loss an example, whose mean compute_loss then is; or "
-        "estimate the variance from groups of examples, with groups=8"
+        "estimate the variance from groups of examples, with microbatches=8"
     )
 
 

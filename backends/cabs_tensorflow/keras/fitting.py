@@ -22,7 +22,7 @@ from cabs_tensorflow.data.drawn import Drawn, drawn_by
 from cabs_tensorflow.keras.conditions import check_compiled, is_overridden
 from cabs_tensorflow.keras.epochs import run_epochs, with_class_weights
 from cabs_tensorflow.keras.losses import compiled_losses
-from cabs_tensorflow.keras.steps import measure, measure_groups
+from cabs_tensorflow.keras.steps import measure, measure_microbatches
 
 if TYPE_CHECKING:
     from keras import Model as _Model
@@ -40,7 +40,7 @@ def adaptive(
     *,
     log: RunLog | None = None,
     sample: int | None = None,
-    groups: int | None = None,
+    microbatches: int | None = None,
 ) -> Any:
     """Make a model one whose ``fit`` feeds a controller, in place, and return it.
 
@@ -53,7 +53,7 @@ def adaptive(
         controller: As for :meth:`AdaptiveBatchSize.follow`.
         log: As there.
         sample: As there.
-        groups: As there.
+        microbatches: As there.
 
     Returns:
         The model; see :class:`AdaptiveBatchSize` for what it can do now.
@@ -96,7 +96,7 @@ def adaptive(
         # Named as the class that it stands for, which is what a saved file is to name.
         names = {"__module__": plain.__module__, "__qualname__": plain.__qualname__}
         model.__class__ = type(plain.__name__, (AdaptiveBatchSize, plain), names)
-    model.follow(controller, log=log, sample=sample, groups=groups)
+    model.follow(controller, log=log, sample=sample, microbatches=microbatches)
     return model
 
 
@@ -136,7 +136,7 @@ class AdaptiveBatchSize(_Model):
         *,
         log: RunLog | None = None,
         sample: int | None = None,
-        groups: int | None = None,
+        microbatches: int | None = None,
     ) -> None:
         """Feed a controller from now on.
 
@@ -144,7 +144,7 @@ class AdaptiveBatchSize(_Model):
             controller: The controller.
             log: Where to write each decision.
             sample: Take norms over so many examples of a batch only.
-            groups: Split each batch into so many microbatches, and take the variance from their
+            microbatches: Split each batch into so many, and take the variance from their
                 mean gradients: less precise, and possible for any model, with batch normalization
                 and recurrent layers too. Layers then see microbatches. A batch of fewer than two
                 examples for each is split into fewer, at least two.
@@ -166,10 +166,12 @@ class AdaptiveBatchSize(_Model):
                 f"fit measures at every step, got every = {controller.configuration.every}; leave "
                 "every out of the controller"
             )
-        if sample is not None and groups is not None:
-            raise ValueError("sample is for statistics of single examples; leave out groups")
+        if sample is not None and microbatches is not None:
+            raise ValueError("sample is for statistics of single examples; leave out microbatches")
         self._sample = None if sample is None else as_integer(sample, "sample", 1)
-        self._groups = None if groups is None else as_integer(groups, "groups", 2)
+        self._microbatches = (
+            None if microbatches is None else as_integer(microbatches, "microbatches", 2)
+        )
         self._feed = _Feed(controller, log)
         # What was traced before measured something else.
         self.train_function: Any = None
@@ -202,7 +204,7 @@ class AdaptiveBatchSize(_Model):
         if len(self.losses) > len(variables):
             raise ValueError(
                 f"model {self.name!r} has losses of a whole batch, by add_loss or an activity "
-                "regularizer; estimate the variance from groups of examples, with groups=8, or "
+                "regularizer; estimate the variance from microbatches=8, or "
                 "override compute_losses"
             )
         penalties = [tf.reduce_sum(one.regularizer(one)) for one in variables]
@@ -231,10 +233,10 @@ class AdaptiveBatchSize(_Model):
     def train_step(self, data: Any) -> dict[str, Any]:
         """Take one step, in a function that is traced for all sizes of batches at once."""
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
-        if self._groups is None:
+        if self._microbatches is None:
             measured = measure(self, x, y, sample_weight, self._sample)
         else:
-            measured = measure_groups(self, x, y, sample_weight, self._groups)
+            measured = measure_microbatches(self, x, y, sample_weight, self._microbatches)
         # Read before the step moves a schedule on.
         rate = tf.convert_to_tensor(self.optimizer.learning_rate)
         self.optimizer.apply(measured.gradients, self.trainable_variables)
@@ -253,7 +255,7 @@ class AdaptiveBatchSize(_Model):
             raise ValueError(
                 f"model {self.name!r} has no controller; call follow(controller) before fit"
             )
-        check_compiled(self, is_grouped=self._groups is not None)
+        check_compiled(self, is_grouped=self._microbatches is not None)
         compiled = tf.function(
             self.train_step, autograph=False, reduce_retracing=True, jit_compile=self.jit_compile
         )
@@ -373,7 +375,7 @@ class _Feed:
     def __call__(self, statistics: Any, loss: Any, learning_rate: Any) -> dict[str, float]:
         """Feed the controller, and return what to log."""
         found = statistics.read()
-        trace, square = found.variance_trace, found.gradient_square
+        trace, square = found.variance_trace, found.expected_gradient_norm_squared
         self.decision = self._controller.update(
             learning_rate=learning_rate, variance_trace=trace, loss=float(loss)
         )
@@ -383,7 +385,7 @@ class _Feed:
             self._trace.update(trace)
             self._square.update(square)
         noise = noise_scale_rule(
-            variance_trace=self._trace.value, gradient_square=self._square.value
+            variance_trace=self._trace.value, gradient_norm_squared=self._square.value
         )
         size = (self.decision if self.drawn is None else self.drawn).batch_size
         return {"batch_size": size, "noise_scale": noise}

@@ -81,7 +81,7 @@ def _terms(model: Any, y: Any, y_pred: Any, sample_weight: Any) -> Iterator[_Ter
     if model.loss is None:
         raise ValueError(
             f"model {model.name!r} is compiled without a loss; give one to compile, override "
-            "compute_losses, or estimate the variance from groups of examples, with groups=8"
+            "compute_losses, or estimate the variance from groups of examples, with microbatches=8"
         )
     if isinstance(y_pred, dict):
         names, outputs = list(y_pred), list(y_pred.values())

@@ -43,7 +43,9 @@ def measure(model: Any, x: Any, y: Any, sample_weight: Any, sample: int | None) 
             loss_scale=model.optimizer.scale_loss(1.0),
         )
     except UncoveredParameterError as error:
-        error.add_note("In fit, cabs_tensorflow.adaptive(model, controller, groups=8) does so.")
+        error.add_note(
+            "In fit, cabs_tensorflow.adaptive(model, controller, microbatches=8) does so."
+        )
         raise
     loss = tf.reduce_mean(losses)
     if not is_overridden(model, "compute_losses"):
@@ -53,14 +55,16 @@ def measure(model: Any, x: Any, y: Any, sample_weight: Any, sample: int | None) 
     return Measured(gradients, statistics, loss, logs)
 
 
-def measure_groups(model: Any, x: Any, y: Any, sample_weight: Any, groups: int) -> Measured:
-    """Return what a step finds with ``groups`` microbatches whose sizes differ by one at most.
+def measure_microbatches(
+    model: Any, x: Any, y: Any, sample_weight: Any, microbatches: int
+) -> Measured:
+    """Return what a step finds with ``microbatches`` of them, whose sizes differ by one at most.
 
     There are fewer for a batch of fewer than two examples for each: as many as have two, and two if
     there are two examples, since one group shows no variance.
     """
     examples = _examples(x)
-    used = tf.minimum(tf.maximum(examples // 2, tf.minimum(examples, 2)), groups)
+    used = tf.minimum(tf.maximum(examples // 2, tf.minimum(examples, 2)), microbatches)
     scale = model.optimizer.scale_loss(1.0)
     unmasked = _unmasked_shares(model, x, y)
 
@@ -79,7 +83,7 @@ def measure_groups(model: Any, x: Any, y: Any, sample_weight: Any, groups: int) 
     there = [one is not None for one in first]
     total = list(itertools.compress(first, there))
     nothing = tf.nest.map_structure(tf.zeros_like, total, expand_composites=True)
-    for index in range(1, groups):
+    for index in range(1, microbatches):
         more = tf.cond(
             index < used,
             lambda index=index: list(itertools.compress(share(index), there)),
@@ -87,7 +91,7 @@ def measure_groups(model: Any, x: Any, y: Any, sample_weight: Any, groups: int) 
         )
         total = tf.nest.map_structure(tf.add, total, more, expand_composites=True)
     part, loss, *gradients = (total.pop(0) if one else None for one in there)
-    statistics = part.complete(_times(1 / scale, gradients))  # type: ignore[union-attr]
+    statistics = part.complete(_times(1 / scale, gradients), loss=loss)  # type: ignore[union-attr]
     return Measured(gradients, statistics, loss, model.get_metrics_result())
 
 
