@@ -3,7 +3,7 @@
 Guarantees: measures and decides nothing; loss and gradients are those of ``jax.value_and_grad``.
 """
 
-from cabs_jax.errors import UncoveredParameterError
+from cabs.gradients.errors import UncoveredParameterError
 from cabs_jax.gradient import value_and_grad
 from cabs_jax.padding import pad
 from cabs_jax.statistics import BatchStatistics, PartialStatistics

@@ -20,7 +20,7 @@ from cabs_jax.graph.arguments import Arguments, positions_of, read_arguments, tr
 from cabs_jax.graph.program import Value, read
 from cabs_jax.masks import filled
 from cabs_jax.measure import Marks, Measurement
-from cabs_jax.norms import ghost_norms
+from cabs_jax.norms import reductions
 from cabs_jax.rules import penalties, uses
 from cabs_jax.rules.plan import Leaf, Mode, plan_leaf, uses_of
 from cabs_jax.statistics import BatchStatistics, square_of
@@ -311,5 +311,5 @@ def _square(leaf: Leaf, marks: Any, sample: int | None) -> Array:
         return jnp.sum(marks)
     some = jax.tree.map(lambda array: array[:sample], marks)
     if leaf.mode is Mode.GRADIENTS:
-        return jnp.sum(ghost_norms.square(some))
+        return jnp.sum(reductions.square(some))
     return jnp.sum(uses.square(leaf.factors, some))

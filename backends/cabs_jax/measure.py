@@ -31,7 +31,7 @@ from cabs_jax.graph.program import (
     view_of,
 )
 from cabs_jax.graph.vjp import Derivative, derivative
-from cabs_jax.norms import ghost_norms
+from cabs_jax.norms import reductions
 from cabs_jax.rules.plan import Leaf, Mode, Site, site_of, uses_of
 
 
@@ -85,7 +85,7 @@ class Measurement:
         """Return the marks of one example, as shapes and types."""
         found = Marks({}, {}, {})
         for value, leaf in self.leaves.items():
-            dtype = ghost_norms.sum_type(value.aval.dtype)
+            dtype = reductions.sum_type(value.aval.dtype)
             if leaf.mode is Mode.SQUARES:
                 found.squares[value] = jax.ShapeDtypeStruct((), dtype)
             elif leaf.mode is Mode.GRADIENTS:
@@ -123,7 +123,7 @@ Modes = Mapping[Value, Measured]
 
 def _like(value: Value) -> jax.ShapeDtypeStruct:
     like: jax.ShapeDtypeStruct = meshes.shape_of(value.aval).update(
-        dtype=ghost_norms.wide_type(value.aval.dtype)
+        dtype=reductions.wide_type(value.aval.dtype)
     )
     return like
 
@@ -242,9 +242,9 @@ class _Run:
                 axes = [0 if at in ahead else None for at in range(len(given))]
                 pull = jax.vmap(lambda given: found.pull(*given), in_axes=(axes,))
                 pulled = explicit(pull, given)
-                return jnp.stack([ghost_norms.square(pulled[at]) for at in squared], axis=1)
+                return jnp.stack([reductions.square(pulled[at]) for at in squared], axis=1)
 
-            sums = ghost_norms.in_chunks(some, [arrays[at] for at in ahead], size)
+            sums = reductions.in_chunks(some, [arrays[at] for at in ahead], size)
             return [sums[:, at] for at in range(len(squared))]
 
         def backward(kept: Sequence[Any], cotangents: Sequence[Any]) -> list[Any]:

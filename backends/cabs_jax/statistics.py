@@ -15,9 +15,9 @@ import numpy as np
 from jax import Array
 
 from cabs import GradientStatistics
-from cabs_jax.errors import listed
+from cabs.gradients.errors import listed
 from cabs_jax.graph import meshes
-from cabs_jax.norms import ghost_norms
+from cabs_jax.norms import reductions
 
 # How a device gets a gradient of its own.
 _OWN = (
@@ -263,7 +263,7 @@ def square_of(tree: Any) -> Array:
 
 
 def _square_sum(leaves: Sequence[Array]) -> Array:
-    squares = [ghost_norms.square(leaf[None])[0] for leaf in leaves]
+    squares = [reductions.square(leaf[None])[0] for leaf in leaves]
     return sum(squares[1:], start=squares[0])
 
 

@@ -5,7 +5,6 @@ Guarantees: the loop is ``jax.grad`` of the loss of one example, and knows nothi
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,6 +12,7 @@ import jax
 import numpy as np
 
 from cabs.gradients import Checked, Verification
+from cabs.gradients.verification import relative_error
 from cabs_jax.gradient import measure
 from cabs_jax.graph import meshes
 from cabs_jax.graph.arguments import positions_of, read_arguments
@@ -78,7 +78,7 @@ def verify(
                 name = f"argument {at}{jax.tree_util.keystr(path)}"
                 expected[name] += float(np.sum(exact**2))
     rows = [
-        Checked(name, leaf.rules, _relative(float(square), expected[name]))
+        Checked(name, leaf.rules, relative_error(float(square), expected[name]))
         for (name, leaf), square in zip(found.leaves.items(), found.squares, strict=True)
     ]
     return Verification(tuple(rows))
@@ -89,7 +89,3 @@ def _one_of(leaf: Any, axis: int, index: int) -> Any:
     rest = [at for at in range(leaf.ndim) if at != axis]
     like = meshes.resized(jax.typeof(leaf), rest)
     return meshes.automatic(lambda leaf: leaf[(slice(None),) * axis + (index,)], leaf, like=like)
-
-
-def _relative(found: float, expected: float) -> float:
-    return abs(found - expected) / expected if expected else math.inf if found else 0.0

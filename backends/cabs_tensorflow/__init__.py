@@ -3,9 +3,9 @@
 Guarantees: measures, feeds, and decides nothing; gradients are those of ``tf.GradientTape``.
 """
 
+from cabs.gradients.errors import UncoveredParameterError
 from cabs_tensorflow.data.dataset import dataset
 from cabs_tensorflow.data.loader import loader
-from cabs_tensorflow.errors import UncoveredParameterError
 from cabs_tensorflow.keras.fitting import AdaptiveBatchSize, adaptive
 from cabs_tensorflow.statistics import BatchStatistics, PartialStatistics
 from cabs_tensorflow.tape import GradientTape

@@ -12,13 +12,14 @@ from typing import Any
 import tensorflow as tf
 
 from cabs.gradients.layout import MixedError
+from cabs.gradients.terms import Term
 from cabs_tensorflow.errors import uncovered
 from cabs_tensorflow.graph.program import Call, Program
 from cabs_tensorflow.graph.symbolic_shapes import Sizes
-from cabs_tensorflow.norms import ghost_norms
-from cabs_tensorflow.norms.per_example import Term, total_square_sum
+from cabs_tensorflow.norms import reductions
 from cabs_tensorflow.rules.batch_axis import check_inside
 from cabs_tensorflow.rules.layout import Batch
+from cabs_tensorflow.rules.uses import total_squares
 from cabs_tensorflow.walk import Walk
 
 
@@ -112,7 +113,7 @@ class Measurement:
                 raise self._walk.error(join.tensor, join.operation, str(problem)) from None
             for root, one in found.items():
                 terms[root].append(one)
-        sums = {root: total_square_sum(some) for root, some in terms.items()}
+        sums = {root: total_squares(some) for root, some in terms.items()}
         for own, layout in self._walk.own.items():
             root = self._own_root(own)
             cotangent = known.get(own)
@@ -122,7 +123,7 @@ class Measurement:
                 raise uncovered(
                     "a source holds a part for each example, and is shared too:", [self.names[root]]
                 )
-            sums[root] = ghost_norms.square(self._batch.take(cotangent, layout))
+            sums[root] = reductions.square(self._batch.take(cotangent, layout))
         return [sums.get(root) for root in range(len(self.names))]
 
     def _find_targets(self) -> dict[str | None, dict[str, Any]]:

@@ -12,7 +12,7 @@ from typing import Any, Optional
 import tensorflow as tf
 
 from cabs import GradientStatistics
-from cabs_tensorflow.norms import ghost_norms
+from cabs_tensorflow.norms.gradients import square_of
 from cabs_tensorflow.replicas import check_reduced, mark_own, replica_here
 
 
@@ -70,7 +70,7 @@ class PartialStatistics(tf.experimental.ExtensionType):
         """
         examples = tf.cast(examples, tf.int32)
         flat = _flat(gradients)
-        square = ghost_norms.square_of(flat)
+        square = square_of(flat)
         mark_own(flat)
         shares, replicas = replica_here()
         square_sum = tf.cast(examples, square.dtype) * square
@@ -110,7 +110,7 @@ class PartialStatistics(tf.experimental.ExtensionType):
             )
         flat = _flat(gradients)
         check_reduced(flat)
-        square = ghost_norms.square_of(flat)
+        square = square_of(flat)
         return BatchStatistics(
             self.examples,
             self.groups,

@@ -13,7 +13,8 @@ import tensorflow as tf
 
 from cabs.values.scalars import as_integer
 from cabs_tensorflow.measure import Measurement
-from cabs_tensorflow.norms import ghost_norms
+from cabs_tensorflow.norms import reductions
+from cabs_tensorflow.norms.gradients import square_of
 from cabs_tensorflow.replicas import check_alone
 from cabs_tensorflow.statistics import BatchStatistics
 
@@ -145,9 +146,9 @@ class GradientTape:
             for square, gradient in zip(squares, given, strict=True)
             if square is not None and gradient is not None
         ]
-        dtype = ghost_norms.sum_type([one for one in given if one is not None])
+        dtype = reductions.sum_type([one for one in given if one is not None])
         total = tf.add_n([tf.cast(one, dtype) for one in sums])
-        gradient_norm_squared = tf.cast(ghost_norms.square_of(given), dtype)
+        gradient_norm_squared = tf.cast(square_of(given), dtype)
         count = tf.cast(examples, dtype)
         # An example's gradient is m times its share of the mean's.
         share = count**2 * (count / tf.cast(measurement.taken, dtype))
@@ -161,7 +162,7 @@ class GradientTape:
             total * share,
             gradient_norm_squared,
             estimated,
-            tf.reduce_mean(losses),
+            tf.reduce_mean(reductions.wide(losses)),
         )
         return tf.nest.pack_sequence_as(sources, gradients), statistics
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from cabs.gradients.errors import UncoveredParameterError
 from cabs.gradients.layout import Layout, MixedError
-from cabs_tensorflow.errors import UncoveredParameterError, uncovered
+from cabs_tensorflow.errors import uncovered
 from cabs_tensorflow.graph.program import Program
 from cabs_tensorflow.graph.symbolic_shapes import Sizes
 from cabs_tensorflow.rules.parameter_gradients import Join, enter

@@ -3,11 +3,12 @@
 Guarantees: measures, feeds, and decides nothing; the gradients are those of a plain backward pass.
 """
 
+from cabs.gradients.errors import UncoveredParameterError
 from cabs_torch.accumulation import Accumulation
 from cabs_torch.backward import backward
 from cabs_torch.compiled import CompiledStep, compile  # noqa: A004
 from cabs_torch.data.loader import loader
-from cabs_torch.errors import UncoveredParameterError
+from cabs_torch.rules.registered import OuterProduct, register_rule
 from cabs_torch.statistics import BatchStatistics, gradient_norm_squared
 from cabs_torch.verification import verify
 
@@ -15,10 +16,12 @@ __all__ = [
     "Accumulation",
     "BatchStatistics",
     "CompiledStep",
+    "OuterProduct",
     "UncoveredParameterError",
     "backward",
     "compile",
     "gradient_norm_squared",
     "loader",
+    "register_rule",
     "verify",
 ]

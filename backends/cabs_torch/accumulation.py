@@ -17,10 +17,11 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
 from cabs import PartialStatistics
+from cabs.values.scalars import as_integer
 from cabs_torch.errors import describe
-from cabs_torch.graph.reentrant_checkpoints import is_segment
-from cabs_torch.norms import ghost_norms
-from cabs_torch.options import as_groups, at_least
+from cabs_torch.graph.reentrant_checkpoints import is_reentrant_checkpoint
+from cabs_torch.norms import reductions
+from cabs_torch.options import as_groups
 from cabs_torch.ranks import check_process_group, check_whole, unreduced
 from cabs_torch.statistics import BatchStatistics
 from cabs_torch.walk import leaves_behind
@@ -63,7 +64,7 @@ class Accumulation:
     def __init__(
         self, parameters: Iterable[Tensor] | Any, *, batch_size: int, process_group: Any = None
     ) -> None:
-        at_least(batch_size, "batch_size", 2, None)
+        as_integer(batch_size, "batch_size", 2)
         check_process_group(process_group)
         self._is_grouped = isinstance(parameters, torch.optim.Optimizer)
         if isinstance(parameters, torch.optim.Optimizer):
@@ -78,7 +79,7 @@ class Accumulation:
             raise ValueError("parameters must hold one that requires gradients, got none")
         self._device = self._parameters[0].device
         self._batch_size = batch_size
-        self._partial, self._loss = PartialStatistics(), ghost_norms.zero(self._device)
+        self._partial, self._loss = PartialStatistics(), reductions.zero(self._device)
         self._seen: set[int] = set()
         self._scale: Tensor | float = 1.0
         self._before = self._roots_of_gradients()
@@ -108,7 +109,7 @@ class Accumulation:
                 "loss must be the mean over a microbatch, 0-d, got shape "
                 f"{tuple(loss.shape)}; for one loss an example, call cabs_torch.backward"
             )
-        at_least(examples, "examples", 1, None)
+        as_integer(examples, "examples", 1)
         if self._partial.examples + examples > self._batch_size:
             raise ValueError(
                 f"microbatches must have {self._batch_size} examples together, got "
@@ -120,7 +121,7 @@ class Accumulation:
         # The nodes are held until the end, so that they are those that the graph has.
         nodes = [get_gradient_edge(parameter).node for parameter in trained]
         known, first = set(nodes), get_gradient_edge(loss).node
-        if not any(leaf in known or is_segment(leaf) for leaf in leaves_behind(first)):
+        if not any(leaf in known or is_reentrant_checkpoint(leaf) for leaf in leaves_behind(first)):
             raise ValueError(
                 "loss must depend on the parameters that are accumulated, got one with none of "
                 "them in its graph; give the parameters that the forward pass uses, which are not "
@@ -174,7 +175,7 @@ class Accumulation:
         squares = self._summed(self._roots_of_gradients()) / self._scale**2
         # No branch, which would wait for the device.
         nothing = torch.where(self._summed(self._before) == 0.0, 0.0, torch.nan)
-        loss, self._loss = self._loss, ghost_norms.zero(self._device)
+        loss, self._loss = self._loss, reductions.zero(self._device)
         self._partial, self._seen = PartialStatistics(), set()
         square_sum = whole.group_square_sum + nothing
         return BatchStatistics(whole.examples, whole.groups, square_sum, squares, loss=loss)
@@ -203,7 +204,7 @@ class Accumulation:
         roots: list[list[Tensor]] = [[] for _ in range(self._count)]
         for parameter in self._parameters:
             if parameter.grad is not None:
-                roots[self._numbers[id(parameter)]].extend(ghost_norms.roots(parameter.grad))
+                roots[self._numbers[id(parameter)]].extend(reductions.roots(parameter.grad))
         return roots
 
     def _see(
@@ -221,8 +222,8 @@ class Accumulation:
                 "checkpoints do; use checkpoints with use_reentrant=False"
             )
         seen.add(id(parameter))
-        roots[self._numbers[id(parameter)]].extend(ghost_norms.roots(gradients[0]))
+        roots[self._numbers[id(parameter)]].extend(reductions.roots(gradients[0]))
 
     def _summed(self, roots: list[list[Tensor]]) -> Tensor:
-        sums = [ghost_norms.squares_of(some, self._device) for some in roots]
+        sums = [reductions.squares_of(some, self._device) for some in roots]
         return torch.stack(sums) if self._is_grouped else sums[0]

@@ -18,11 +18,12 @@ import torch
 from torch import Tensor
 
 from cabs.gradients.layout import Layout
+from cabs.values.scalars import as_integer
 from cabs_torch.errors import describe_some
 from cabs_torch.graph.autograd_nodes import Node
 from cabs_torch.measure import Measurement, Sums, by_group
-from cabs_torch.norms import ghost_norms
-from cabs_torch.options import Groups, as_groups, at_least
+from cabs_torch.norms import reductions
+from cabs_torch.options import Groups, as_groups
 from cabs_torch.ranks import check_process_group, check_whole, unreduced
 from cabs_torch.statistics import BatchStatistics
 from cabs_torch.walk import Policy, Walk
@@ -106,9 +107,13 @@ def backward(
     """
     check_losses(losses)
     examples = len(losses)
-    measured_examples = at_least(sample, "sample", 1, examples)
-    at_least(chunk, "chunk", 1, None)
-    at_least(batch_size, "batch_size", examples, None)
+    measured_examples = (
+        examples if sample is None else min(as_integer(sample, "sample", 1), examples)
+    )
+    if chunk is not None:
+        as_integer(chunk, "chunk", 1)
+    if batch_size is not None:
+        as_integer(batch_size, "batch_size", examples)
     if uncovered not in ("error", "microbatches", "ignore"):
         raise ValueError(
             f"uncovered must be 'error', 'microbatches' or 'ignore', got uncovered = {uncovered!r}"
@@ -159,11 +164,11 @@ def backward(
         return by_group(sums, kept.numbers, kept.count, device)
 
     def summed(sums: Sums) -> Tensor:
-        start = ghost_norms.zero(device)
+        start = reductions.zero(device)
         return torch.stack([torch.stack([start, *values]).sum() for values in parts(sums)])
 
     squares = summed(measurement.squares) * (examples / measured_examples) / factor**2
-    roots = [ghost_norms.squares_of(vectors, device) for vectors in parts(measurement.roots)]
+    roots = [reductions.squares_of(vectors, device) for vectors in parts(measurement.roots)]
     means = torch.stack(roots) / (factor * examples) ** 2
     squares, means = squares + summed(estimated[0]), means + summed(estimated[1])
     if wanted is None:
@@ -191,7 +196,7 @@ def _from_microbatches(losses: Tensor, walk: Walk) -> tuple[Sums, Sums]:
     leaves = list(walk.refused.values())
     if not leaves:
         return {}, {}
-    if walk.segments:
+    if walk.checkpoints:
         raise ValueError(
             "uncovered='microbatches' does not work with reentrant checkpoints; use checkpoints "
             "with use_reentrant=False"
@@ -206,13 +211,13 @@ def _from_microbatches(losses: Tensor, walk: Walk) -> tuple[Sums, Sums]:
         )
         for leaf, gradient in zip(leaves, gradients, strict=True):
             dense = gradient.to_dense() if gradient.is_sparse else gradient
-            between[leaf].append(ghost_norms.square(dense) * len(part))
-            share = ghost_norms.at_least_single(dense) * (len(part) / examples)
+            between[leaf].append(reductions.square(dense) * len(part))
+            share = reductions.at_least_single(dense) * (len(part) / examples)
             whole[leaf] = whole[leaf] + share if leaf in whole else share
     squares: Sums = {}
     means: Sums = {}
     for leaf in leaves:
-        mean = ghost_norms.square(whole[leaf])
+        mean = reductions.square(whole[leaf])
         trace = (torch.stack(between[leaf]).sum() - examples * mean) / (len(parts) - 1)
         squares[leaf] = [trace * (examples - 1) + examples * mean]
         means[leaf] = [mean]

@@ -11,24 +11,7 @@ from collections.abc import Sequence
 
 import torch
 
-
-class UncoveredParameterError(RuntimeError):
-    """A parameter whose per-example gradient norms this adapter cannot give exactly.
-
-    It is raised before anything was computed: the graph and all gradients are as they were.
-
-    Example:
-        >>> import torch, cabs_torch
-        >>> scale = torch.ones(3, requires_grad=True)
-        >>> cabs_torch.backward((torch.eye(3) * scale).softmax(dim=0).sum(dim=1))
-        Traceback (most recent call last):
-        ...
-        cabs_torch.errors.UncoveredParameterError: SoftmaxBackward0 runs along the axis that holds
-        the examples. This concerns a tensor that requires gradients, of shape (3,). Estimate the
-        variance from groups of examples instead, with cabs_torch.Accumulation, or with
-        uncovered='microbatches' for such parameters alone; or leave them out, with
-        parameter_groups= of those that matter
-    """
+from cabs.gradients.errors import UncoveredParameterError, listed
 
 
 class HiddenError(Exception):
@@ -61,9 +44,7 @@ def describe(parameter: torch.Tensor) -> str:
 
 def describe_some(parameters: Sequence[torch.Tensor]) -> str:
     """Return what the first three parameters are, and how many more there are."""
-    more = len(parameters) - _NAMED
-    described = [describe(one) for one in parameters[:_NAMED]]
-    return "; ".join([*described, f"and {more} more"] if more > 0 else described)
+    return listed(map(describe, parameters), len(parameters), separator="; ")
 
 
 def names() -> dict[int, tuple[str, str]]:
@@ -87,5 +68,4 @@ def _all_modules() -> list[torch.nn.Module]:
     ]
 
 
-_NAMED = 3
 _REGISTERS = {"_parameters", "_modules"}

@@ -17,11 +17,13 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
+from cabs.gradients.terms import Materialized
 from cabs_torch.graph.autograd_nodes import Edge, Node, is_leaf, shape_of
 from cabs_torch.graph.reentrant_checkpoints import watched
-from cabs_torch.norms import ghost_norms
-from cabs_torch.norms.per_example import Formed
-from cabs_torch.rules.uses import Use, form, total_square_sum
+from cabs_torch.norms import reductions
+from cabs_torch.norms.arrays import TorchArrays
+from cabs_torch.rules.uses import Use, total_squares
+from cabs_torch.rules.uses import gradients as of_uses
 from cabs_torch.walk import Meeting, Outputs, Walk
 
 Sums = dict[Node, list[Tensor]]
@@ -41,10 +43,10 @@ class Measurement:
         self.squares: Sums = defaultdict(list)
         """Over examples, of the norms of their shares of a gradient."""
         self.roots: Sums = defaultdict(list)
-        """Vectors with the sum of squares of the gradient itself, see :func:`ghost_norms.roots`."""
+        """Vectors with the sum of squares of the gradient itself, see :func:`reductions.roots`."""
         self._examples = examples
-        self._chunk = chunk
-        self._segments = walk.segments
+        self._chunk, self._arrays = chunk, TorchArrays(chunk)
+        self._checkpoints = walk.checkpoints
         self._hidden = walk.hidden.keys()
         self._leaves = list(walk.leaves.values())
         self._meetings: dict[Node, list[Meeting]] = defaultdict(list)
@@ -70,7 +72,7 @@ class Measurement:
                 self._watch(hooks, root[0], partial(self._push, root, leaves))
             for leaf in self._leaves:
                 self._watch(hooks, leaf, partial(self._settle, leaf))
-            for node, outputs in self._segments.items():
+            for node, outputs in self._checkpoints.items():
                 hooks.enter_context(watched(node, partial(self._look_inside, outputs)))
             self._hooks = hooks.pop_all()
         return self
@@ -110,7 +112,7 @@ class Measurement:
     def _see(self, meetings: Sequence[Meeting], cotangents: Sequence[Tensor | None]) -> None:
         """Note what an operation contributes."""
         for meeting in meetings:
-            term = meeting.join.term(cotangents, self._examples)
+            term = meeting.input.term(cotangents, self._examples)
             if term is not None:
                 self._uses[meeting.source.root].append(Use(term, meeting.source.path))
 
@@ -121,8 +123,8 @@ class Measurement:
         dtype = root[0]._input_metadata[root[1]].dtype
         self._is_pushing = True
         try:
-            for part in ghost_norms.parts(self._examples, math.prod(shape_of(root)), self._chunk):
-                for row in form(uses, part).to(dtype) if uses else ():
+            for part in self._arrays.parts(self._examples, math.prod(shape_of(root))):
+                for row in of_uses(uses, self._arrays, part).to(dtype) if uses else ():
                     gradients: Sequence[Tensor | None] = torch.autograd.grad(
                         GradientEdge(*root),
                         [GradientEdge(leaf, 0) for leaf in leaves],
@@ -132,22 +134,24 @@ class Measurement:
                     )
                     for leaf, gradient in zip(leaves, gradients, strict=True):
                         if gradient is not None and self._sources[leaf] == 1:
-                            self.squares[leaf].append(ghost_norms.square(gradient))
+                            self.squares[leaf].append(reductions.square(gradient))
                         elif gradient is not None:
                             pushed[leaf].append(gradient.to_dense())
         finally:
             self._is_pushing = False
         for leaf, rows in pushed.items():
-            self._uses[leaf, 0].append(Use(Formed(torch.stack(rows)), ()))
+            stacked = torch.stack(rows)
+            term = Materialized(stacked, tuple(stacked.shape[1:]))
+            self._uses[leaf, 0].append(Use(term, ()))
 
     def _settle(self, leaf: Node, gradients: Sequence[Tensor | None]) -> None:
         """Sum what is known of a parameter, whose gradient is complete."""
         (gradient,) = gradients
         uses = self._uses.pop((leaf, 0), [])
         if uses:
-            self.squares[leaf].append(total_square_sum(uses, self._chunk))
+            self.squares[leaf].append(total_squares(uses, self._arrays))
         if gradient is not None:
-            self.roots[leaf].extend(ghost_norms.roots(gradient))
+            self.roots[leaf].extend(reductions.roots(gradient))
 
 
 @contextmanager

@@ -5,7 +5,6 @@ Guarantees: an error says what was given and what is allowed.
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -75,16 +74,3 @@ def as_groups(groups: Any) -> Groups:
     if not numbers:
         raise ValueError("parameter_groups must hold parameters, got none")
     return Groups(numbers, count, frozenset(trained))
-
-
-def at_least(value: int | None, name: str, least: int, most: int | None) -> int:
-    """Return an option, or the most if it is not given; errors say what is allowed."""
-    if value is None:
-        return most or 0
-    try:
-        value = operator.index(value)
-    except TypeError:
-        raise TypeError(f"{name} must be an integer, got {name} = {value!r}") from None
-    if value < least:
-        raise ValueError(f"{name} must be at least {least}, got {name} = {value}")
-    return value if most is None else min(value, most)

@@ -16,7 +16,7 @@ from torch.autograd.graph import get_gradient_edge
 from torch.nn.functional import pad
 
 from cabs_torch.errors import describe
-from cabs_torch.norms import ghost_norms
+from cabs_torch.norms import reductions
 
 # Sums of each gradient that are compared, each over as many elements.
 _BLOCKS = 1024
@@ -147,13 +147,13 @@ def _sums(gradient: Tensor) -> tuple[Tensor, Tensor]:
     gradient = gradient.detach()
     if gradient.is_sparse:
         whole = gradient.coalesce()
-        rows, values = whole.indices()[0], ghost_norms.at_least_single(whole.values()).flatten(1)
+        rows, values = whole.indices()[0], reductions.at_least_single(whole.values()).flatten(1)
         values = values * _weights(rows).to(values.dtype).unsqueeze(1)
         blocks = values.new_zeros(2, _BLOCKS, values.shape[1])
         blocks.index_add_(1, rows % _BLOCKS, torch.stack([values, values.abs()]))
     else:
         flat = (torch.view_as_real(gradient) if gradient.is_complex() else gradient).flatten()
-        flat = ghost_norms.at_least_single(flat)
+        flat = reductions.at_least_single(flat)
         rows = pad(flat, (0, -len(flat) % _BLOCKS)).view(_BLOCKS, -1)
         blocks = torch.stack([rows, rows.abs()])
     weights = _weights(torch.arange(blocks.shape[2], device=blocks.device)).to(blocks.dtype)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from cabs import GradientStatistics
-from cabs_torch.norms import ghost_norms
+from cabs_torch.norms import reductions
 from cabs_torch.options import as_groups
 from cabs_torch.ranks import check_process_group, check_whole
 
@@ -41,7 +41,7 @@ class BatchStatistics(GradientStatistics):
     _copy: Any = field(init=False, repr=False, compare=False, default=None)
 
     def __post_init__(self) -> None:
-        if not ghost_norms.is_traced():
+        if not reductions.is_traced():
             # super() does not know the class that slots=True makes.
             GradientStatistics.__post_init__(self)
         given = [
@@ -121,6 +121,6 @@ def gradient_norm_squared(
         id(one) for group in groups for one in group if one.grad is not None
     )
     device = next(gradient.device for gradients in given for gradient in gradients)
-    roots = [[root for one in gradients for root in ghost_norms.roots(one)] for gradients in given]
-    sums = [ghost_norms.squares_of(some, device) for some in roots]
+    roots = [[root for one in gradients for root in reductions.roots(one)] for gradients in given]
+    sums = [reductions.squares_of(some, device) for some in roots]
     return torch.stack(sums) if isinstance(parameters, torch.optim.Optimizer) else sums[0]

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from cabs.gradients import Checked, Verification
 from cabs.gradients.layout import Layout
+from cabs.gradients.verification import relative_error
 from cabs_torch.backward import check_losses
 from cabs_torch.errors import names
 from cabs_torch.graph.autograd_nodes import is_leaf
@@ -101,13 +102,9 @@ def verify(losses_of: Callable[[Any], Tensor], batch: Any) -> Verification:
         if key in walk.refused:
             rows.append(Checked(name, walk.problems[key], math.nan))
         else:
-            error = _relative(squares.get(key, 0.0), expected[key])
+            error = relative_error(squares.get(key, 0.0), expected[key])
             rows.append(Checked(name, rules.get(key, "no gradient passes"), error))
     return Verification(tuple(sorted(rows, key=lambda row: row.name)))
-
-
-def _relative(found: float, expected: float) -> float:
-    return abs(found - expected) / expected if expected else math.inf if found else 0.0
 
 
 def _count(batch: Any) -> int:

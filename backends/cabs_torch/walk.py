@@ -12,8 +12,9 @@ from typing import Literal, NamedTuple
 
 from torch import Tensor
 
+from cabs.gradients.errors import UncoveredParameterError
 from cabs.gradients.layout import Layout, MixedError
-from cabs_torch.errors import HiddenError, UncoveredParameterError, UnknownError, uncovered
+from cabs_torch.errors import HiddenError, UnknownError, uncovered
 from cabs_torch.graph.autograd_nodes import (
     Edge,
     Node,
@@ -23,10 +24,10 @@ from cabs_torch.graph.autograd_nodes import (
     name_of,
     shape_of,
 )
-from cabs_torch.graph.reentrant_checkpoints import is_segment, run_again
+from cabs_torch.graph.reentrant_checkpoints import is_reentrant_checkpoint, run_again
 from cabs_torch.ranks import is_distributed
 from cabs_torch.rules.batch_axis import ELEMENTWISE
-from cabs_torch.rules.parameter_gradients import Join, enter
+from cabs_torch.rules.parameter_gradients import ParameterInput, enter
 from cabs_torch.rules.parameter_paths import Source, source_of
 from cabs_torch.rules.probing import Calls, check, positions
 
@@ -41,7 +42,7 @@ class Meeting(NamedTuple):
     """An input of an operation in which a parameter meets the batch."""
 
     node: Node
-    join: Join
+    input: ParameterInput
     source: Source
 
 
@@ -73,7 +74,7 @@ class Walk:
         """The nodes of those that are not."""
         self.problems: dict[int, str] = {}
         """What is the matter with them."""
-        self.segments: dict[Node, Outputs] = {}
+        self.checkpoints: dict[Node, Outputs] = {}
         """The reentrant checkpoints, with the layouts of their outputs."""
         self.arrived: dict[int, Layout] = {}
         """By the id, where the examples lie in the inputs."""
@@ -122,13 +123,13 @@ class Walk:
     def _enter(
         self, node: Node, output: int, layout: Layout, index: int, edge: Edge
     ) -> Layout | None:
-        """Join an input that is a parameter's, or return the layout of one that is the data's."""
+        """Note an input that is a parameter's, or return the layout of one that is the data's."""
         if is_sink(node):
             return layout if index == output else None
         try:
             found = enter(node, output, layout, index, shape_of(edge))
         except UnknownError:
-            if is_segment(node):
+            if is_reentrant_checkpoint(node):
                 return self._look_inside(node, output, layout, index)
             if node not in self._tried:
                 check(node)
@@ -138,19 +139,19 @@ class Walk:
             found = None
         if isinstance(found, Layout):
             return found
-        if output and found is not None:
+        if output and found is not None and not found.of_all_outputs:
             return None
         if (node, index) not in self._met:
             self._met.add((node, index))
             if found is None:
                 calls = self._calls.setdefault(node, Calls(node, self._outputs[node]))
-                found = calls.join(index)
+                found = calls.parameter_input(index)
             self._meet(node, edge, found)
         return None
 
     def _look_inside(self, node: Node, output: int, layout: Layout, index: int) -> Layout | None:
         """Return the layout of a checkpoint's input, from the graph that it will make."""
-        outputs = self.segments.setdefault(node, {})
+        outputs = self.checkpoints.setdefault(node, {})
         if output not in outputs:
             outputs[output] = layout
             inputs, given = run_again(node)
@@ -160,7 +161,7 @@ class Walk:
             self._hidden[node, output] = ([walk.arrived.get(id(one)) for one in inputs], walk)
         return self._hidden[node, output][0][index]
 
-    def _meet(self, node: Node, edge: Edge, join: Join) -> None:
+    def _meet(self, node: Node, edge: Edge, found: ParameterInput) -> None:
         try:
             source = source_of(edge)
         except MixedError as problem:
@@ -187,7 +188,7 @@ class Walk:
                 self._refuse(leaf, "has a hook, which can change its gradient")
             elif self.leaves.setdefault(id(leaf.variable), leaf) is not leaf:
                 self._refuse(leaf, "is held by the graph in two places")
-        self.meetings.append(Meeting(node, join, source))
+        self.meetings.append(Meeting(node, found, source))
 
     def _close(self) -> None:
         """Drop what cannot be measured as a whole."""
@@ -235,7 +236,7 @@ class Walk:
         """Return how each parameter's gradients are had, by its id."""
         found: dict[int, list[str]] = {}
         for meeting in self._all_meetings():
-            source, rule = meeting.source, meeting.join.rule
+            source, rule = meeting.source, meeting.input.rule
             for leaf in source.leaves:
                 through = "" if is_leaf(source.root[0]) else ", pushed on"
                 found.setdefault(id(leaf.variable), []).append(rule + through)
@@ -254,7 +255,7 @@ class Walk:
         for leaf in (*leaves_behind(culprit), *leaves_behind(node)):
             matters = self._wanted is None or (is_leaf(leaf) and id(leaf.variable) in self._wanted)
             # What a checkpoint hides cannot be left out, or be had from groups.
-            if is_segment(leaf) or (self._strict and matters):
+            if is_reentrant_checkpoint(leaf) or (self._strict and matters):
                 raise _error(culprit, problem)
             self.refused[id(leaf.variable)] = leaf
             self.problems.setdefault(id(leaf.variable), _why(culprit, problem))
@@ -286,7 +287,7 @@ def leaves_behind(node: Node) -> Iterator[Node]:
     seen, waiting = {node}, deque([node])
     while waiting:
         node = waiting.popleft()
-        if is_leaf(node) or is_segment(node):
+        if is_leaf(node) or is_reentrant_checkpoint(node):
             yield node
         for child, _ in node.next_functions:
             if child is not None and child not in seen:

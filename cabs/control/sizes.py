@@ -108,8 +108,8 @@ class BatchSizes:
                 f"maximum = {maximum}"
             )
         grid, power = [minimum], 1.0
-        while (value := minimum * factor**power) < maximum + 0.5:
-            grid.append(min(round(value), maximum))
+        while (size := round(min(minimum * factor**power, maximum + 1.0))) <= maximum:
+            grid.append(size)
             # On to the next power that rounds to a new size, however small the factor is.
             beyond = math.log((grid[-1] + 0.5) / minimum) / math.log(factor)
             power = max(power + 1.0, math.floor(beyond))

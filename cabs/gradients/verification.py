@@ -50,3 +50,13 @@ class Verification:
         lines = [f"{'parameter':<{width}}  {'error':>7}  rule"]
         lines += [f"{row.name:<{width}}  {row.error:>7.1e}  {row.rule}" for row in self.rows]
         return "\n".join(lines)
+
+
+def relative_error(found: float, expected: float) -> float:
+    """Return the error of a sum of squares, relative to what it should be.
+
+    Example:
+        >>> relative_error(1.5, 1.0), relative_error(0.0, 0.0), relative_error(1.0, 0.0)
+        (0.5, 0.0, inf)
+    """
+    return abs(found - expected) / expected if expected else math.inf if found else 0.0

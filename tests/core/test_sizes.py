@@ -6,7 +6,7 @@ from itertools import count, takewhile
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from cabs import BatchSizes
@@ -77,6 +77,7 @@ def test_growth_reaches_no_farther_than_allowed_and_always_the_next_size(sizes, 
 
 
 @given(st.integers(1, 100), st.integers(0, 5000), st.floats(1.01, 8.0))
+@example(2, 2, 1.5)  # 4.5 is rounded to 4
 def test_a_geometric_grid_starts_at_its_minimum_and_stays_below_its_maximum(low, width, factor):
     grid = BatchSizes.geometric(low, low + width, factor=factor)
     assert grid.minimum == low

@@ -315,3 +315,11 @@ def test_a_controller_takes_statistics_as_they_are():
         assert decision.observation.variance_trace == (one.read().variance_trace,)
     with pytest.raises(ValueError, match="loss must be given"):
         controller.update(parts.complete([gradient]), learning_rate=0.1)
+
+
+def test_the_mean_of_losses_in_half_precision_does_not_overflow():
+    weight = tf.Variable(tf.cast(variable(0, 4, 3), tf.float16))
+    batch = tf.zeros([4096, 4], tf.float16)
+    losses_of = lambda x: tf.reduce_sum(x @ weight, axis=1) + 40.0  # noqa: E731
+    _, statistics = measured(losses_of, [weight], batch)
+    assert float(statistics.loss) == 40.0

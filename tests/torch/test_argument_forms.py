@@ -227,7 +227,7 @@ def test_every_rule_was_driven():
     if len(covered) < len(NAMES) // 2:
         pytest.skip("only some of the operations were run")
     rules = {
-        *parameter_gradients._JOINS,
+        *parameter_gradients._RULES,
         *parameter_gradients._FACTORS,
         *batch_axis._RULES,
         *batch_axis._SPLITTING,

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr
 
-from cabs_jax.errors import listed
+from cabs.gradients.errors import listed
 from cabs_jax.graph import meshes
 from cabs_jax.graph.program import Status
 

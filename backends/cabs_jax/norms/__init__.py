@@ -1,5 +1,6 @@
-"""Squared norms of per-example gradients, from inputs and cotangents.
+"""Squared norms of per-example gradients, from inputs and cotangents, on arrays of JAX.
 
-Ghost norms, Gram matrices, convolutions, lookups, and several uses of one parameter. Imports JAX
-alone.
+The arithmetic is that of ``cabs.gradients``; here is the table of array operations that it is
+written in, convolutions of any layout.
+Imports the core and the framework alone.
 """

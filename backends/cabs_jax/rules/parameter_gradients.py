@@ -14,7 +14,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from cabs_jax.norms import convolution, ghost_norms
+from cabs.gradients import lookups, outer_products
+from cabs_jax.norms import convolution, reductions
+from cabs_jax.norms.arrays import ARRAYS
 
 
 class Rule(Protocol):
@@ -82,7 +84,9 @@ class Dot:
 
     def square(self, others: Sequence[Array], cotangents: Array) -> Array:
         left, right = jax.vmap(self.factors)(others, cotangents)
-        return ghost_norms.product(flat(left, len(self.batch)), flat(right, len(self.batch)))
+        sides = (flat(side, len(self.batch)) for side in (left, right))
+        squares: Array = outer_products.squares(ARRAYS, *sides)
+        return squares
 
 
 @dataclass(frozen=True)
@@ -115,7 +119,9 @@ class Lookup:
 
     def square(self, others: Sequence[Array], cotangents: Array) -> Array:
         ids, rows = jax.vmap(self.factors)(others, cotangents)
-        return ghost_norms.lookup(ids, rows.reshape(*ids.shape, -1), self.length)
+        flat_rows = rows.reshape(*ids.shape, -1)
+        squares: Array = lookups.squares(ARRAYS, ids, flat_rows, self.length)
+        return squares
 
 
 @dataclass(frozen=True)
@@ -141,7 +147,7 @@ class Selection:
 
     def square(self, others: Sequence[Array], cotangents: Array) -> Array:
         del others
-        return ghost_norms.square(cotangents)
+        return reductions.square(cotangents)
 
 
 def flat(array: Array, batch: int) -> Array:

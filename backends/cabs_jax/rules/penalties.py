@@ -24,7 +24,7 @@ from cabs_jax.graph.program import (
     roots_of,
     status_of,
 )
-from cabs_jax.norms import ghost_norms
+from cabs_jax.norms import reductions
 
 # Elements of a parameter from which its penalty is worth a form of its own.
 _LARGE = 2**12
@@ -122,9 +122,9 @@ def shifted(square: Array, examples: Array, gradient: Array, shift: Array) -> Ar
     Returns:
         The sum; nan where the two nearly cancel, and nothing but rounding errors is left.
     """
-    shift, gradient = ghost_norms.wide(shift), ghost_norms.wide(gradient)
+    shift, gradient = reductions.wide(shift), reductions.wide(gradient)
     moved = jnp.sum(jnp.real((2.0 * gradient - shift) * jnp.conj(shift)))
-    own = jnp.sum(ghost_norms.square(shift[None]))
+    own = jnp.sum(reductions.square(shift[None]))
     weight = examples.astype(square.dtype)
     total = square + weight * moved
     info: Any = jnp.finfo(square.dtype)  # type: ignore[no-untyped-call]

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 from jax import Array
 
-from cabs_jax.norms import ghost_norms
-from cabs_jax.norms.shared_weights import tied
+from cabs.gradients import shared_weights
+from cabs_jax.norms.arrays import ARRAYS
 from cabs_jax.rules.parameter_gradients import Lookup
 from cabs_jax.rules.plan import Factors, known
 
@@ -27,28 +27,18 @@ def square(uses: Sequence[Factors], factors: Sequence[tuple[Array, Array]]) -> A
     # Lookups decide which side is left.
     first = min(uses, key=lambda use: not isinstance(use.rule, Lookup))
     side = known(first.axes.left)
-    ids: list[Array] = []
-    tables: list[Array] = []
-    lefts: list[Array] = []
-    rights: list[Array] = []
+    taken: list[tuple[Array, Array]] = []
+    products: list[tuple[Array, Array]] = []
     for use, (left, right) in zip(uses, factors, strict=True):
         if isinstance(use.rule, Lookup):
-            ids.append(_arranged(use, left, ())[:, 0, :, 0])
-            tables.append(_arranged(use, right, use.axes.right)[:, 0])
+            ids = _arranged(use, left, ())[:, 0, :, 0].astype(jnp.int32)
+            taken.append((ids, _arranged(use, right, use.axes.right)[:, 0]))
             continue
-        arranged = _arranged(use, left, use.axes.left), _arranged(use, right, use.axes.right)
-        is_swapped = known(use.axes.left) != side
-        for some, one in zip((lefts, rights), arranged[:: -1 if is_swapped else 1], strict=True):
-            some.append(one)
-    if not ids:
-        return ghost_norms.product(jnp.concatenate(lefts, axis=2), jnp.concatenate(rights, axis=2))
-    numbers = jnp.concatenate(ids, axis=1).astype(jnp.int32)
-    looked = jnp.concatenate(tables, axis=1)
-    rows = max(use.rule.length for use in uses if isinstance(use.rule, Lookup))
-    if not lefts:
-        return ghost_norms.lookup(numbers, looked, rows)
-    left, right = jnp.concatenate(lefts, axis=2), jnp.concatenate(rights, axis=2)
-    return tied(numbers, looked, left, right, rows)
+        pair = _arranged(use, left, use.axes.left), _arranged(use, right, use.axes.right)
+        products.append(pair if known(use.axes.left) == side else pair[::-1])
+    rows = max((use.rule.length for use in uses if isinstance(use.rule, Lookup)), default=0)
+    squares: Array = shared_weights.squares(ARRAYS, products, taken, rows)
+    return squares
 
 
 def _arranged(use: Factors, factor: Array, axes: Sequence[int | None]) -> Array:

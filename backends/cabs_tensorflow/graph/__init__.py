@@ -1,5 +1,4 @@
-"""The traced graph of the losses, walked from them to the variables.
+"""The traced graph: called functions laid open, and sizes that tracing does not know.
 
-Lays open called functions, finds sizes that tracing does not know, and says where each variable
-meets the examples. Imports ``cabs_tensorflow.rules``; computes nothing.
+Computes no norms. Imports the core alone; rules and the walk import it.
 """

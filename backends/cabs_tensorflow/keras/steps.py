@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import keras
 import tensorflow as tf
 
-from cabs_tensorflow.errors import UncoveredParameterError
+from cabs.gradients.errors import UncoveredParameterError
 from cabs_tensorflow.keras.conditions import check_masks, check_unchanged, is_overridden
 from cabs_tensorflow.keras.losses import compiled_losses, may_be_masked, unmasked_shares
 from cabs_tensorflow.statistics import BatchStatistics, PartialStatistics

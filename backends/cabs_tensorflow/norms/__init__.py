@@ -1,5 +1,6 @@
-"""Squared norms of per-example gradients, from inputs and cotangents.
+"""Squared norms of per-example gradients, from inputs and cotangents, on arrays of TensorFlow.
 
-Ghost norms, Gram matrices, convolutions, lookups, and several uses of one variable. Imports the
-core alone.
+The arithmetic is that of ``cabs.gradients``; here is the table of array operations that it is
+written in, convolutions by pairs of positions, and what lies ahead of a variable.
+Imports the core and the framework alone.
 """

@@ -1,34 +1,33 @@
 """The gradients of a convolution's kernel.
 
 Guarantees: they are those of a matrix that meets what the kernel sees, by groups of channels, in
-any number of dimensions; no more than one row of the kernel is laid out at a time, or, where
-products of pairs of positions are fewer, nothing is formed at all.
+any number of dimensions; no more is laid out at a time than what the whole kernel sees, where that
+is little, or a row of it, or, where products of pairs of positions are fewer, nothing is formed at
+all.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
+from cabs.gradients import convolution
 from cabs.gradients.layout import Shape
-from cabs_tensorflow.norms import ghost_norms
-from cabs_tensorflow.norms.ghost_norms import sizes_of
-
-# Elements of what the whole kernel sees, below which it is laid out at once.
-_NARROW = 128
+from cabs.gradients.outer_products import CANCELLING
+from cabs_tensorflow.norms import reductions
+from cabs_tensorflow.norms.arrays import TensorflowArrays
 
 # What it costs to add an offset's products, in products.
 _MOVED = 1
 
 
 @dataclass(frozen=True)
-class Windows:
+class Convolution:
     """Gradients of a convolution's kernel.
 
     ``inputs`` has shape (n, *spatial, channels in) and ``cotangents`` (n, *positions, channels
@@ -48,43 +47,40 @@ class Windows:
     groups: int
 
     @property
-    def tensors(self) -> tuple[Any, ...]:
+    def operands(self) -> tuple[Any, ...]:
         return (self.inputs, self.cotangents)
 
-    def form(self, *tensors: Any) -> Any:
-        kernel, rank, at_once = self.kernel, len(self.kernel), self._at_once()
-        parts = [tf.linalg.matrix_transpose(part) for part in self._gradients(*tensors)]
-        parts = tf.stack(parts, axis=1)
-        inward = self.inputs.shape[-1] // self.groups
-        n = tf.shape(tensors[0])[0]
-        sizes = (self.groups, *kernel[rank - at_once :], inward, -1)
-        parts = tf.reshape(parts, [n, *kernel[: rank - at_once], *sizes])
+    def gradient(self, arrays: TensorflowArrays, *operands: Any) -> Any:
+        geometry, rank = self._geometry, len(self.kernel)
+        inward = self.inputs.shape[-1]
+        at_once = geometry.laid_out(arrays, inward)
+        inputs, cotangents = operands
+        found = convolution.parts(arrays, inputs, cotangents, geometry)
+        parts = tf.stack([tf.linalg.matrix_transpose(part) for part in found], axis=1)
+        split = rank - at_once
+        sizes = (self.groups, *self.kernel[split:], inward // self.groups, -1)
+        parts = arrays.reshape(parts, [*self.kernel[:split], *sizes])
         # The groups move behind the channels that go in, before those that come out.
-        place = 1 + rank - at_once
-        order = [at for at in range(rank + 4) if at != place]
-        order.insert(rank + 2, place)
-        return tf.reshape(tf.transpose(parts, order), [n, *self.shape])
+        order = [at for at in range(rank + 3) if at != split]
+        order.insert(rank + 1, split)
+        return arrays.reshape(arrays.transpose(parts, order), self.shape)
 
-    def square_sum(self) -> Any:
-        positions = math.prod(size or 1 for size in self.cotangents.shape[1:-1])
-        split = len(self.kernel) - self._at_once()
-        seen = self.inputs.shape[-1] * math.prod(self.kernel[split:])
-        channels = self.cotangents.shape[-1]
-        needed = positions * (seen + channels) + seen * channels // self.groups
-
-        def formed(*tensors: Any) -> Any:
-            return tf.add_n([ghost_norms.square(part) for part in self._gradients(*tensors)])
-
-        def in_double(*tensors: Any) -> Any:
-            return formed(*(tf.cast(one, tf.float64) for one in tensors))
-
+    def squares(self, arrays: TensorflowArrays) -> Any:
         if not self._is_cheaper_in_pairs():
-            return ghost_norms.in_chunks(formed, self.tensors, needed)
+            return convolution.squares(arrays, self.inputs, self.cotangents, self._geometry)
         count = math.prod(self._grid())
-        found = ghost_norms.in_chunks(self._in_pairs, self.tensors, 2 * count**2)
-        return ghost_norms.unless_cancelled(
-            found, count, lambda: ghost_norms.in_chunks(in_double, self.tensors, 2 * needed)
-        )
+        total, bound = arrays.in_chunks(self._in_pairs, self.operands, 2 * count**2)
+
+        def in_double() -> Any:
+            double = arrays.double(self.inputs), arrays.double(self.cotangents)
+            return convolution.squares(arrays, double[0], double[1], self._geometry)
+
+        return arrays.unless_cancelled(total, bound, CANCELLING * count, in_double)
+
+    @property
+    def _geometry(self) -> convolution.Geometry:
+        padding = [(before, after, 0) for before, after in self.padding]
+        return convolution.Geometry(self.kernel, self.stride, self.dilation, padding, self.groups)
 
     def _is_cheaper_in_pairs(self) -> bool:
         """Return whether there are fewer products of pairs of positions than of channels."""
@@ -104,7 +100,7 @@ class Windows:
         sizes = zip(self.inputs.shape[1:-1], self.padding, strict=True)
         return [size + before + after for size, (before, after) in sizes]
 
-    def _in_pairs(self, inputs: Any, cotangents: Any) -> Any:
+    def _in_pairs(self, inputs: Any, cotangents: Any) -> tuple[Any, Any]:
         """Sum over pairs of positions p, q: (b_p . b_q) sum over offsets d of x_{p+d} . x_{q+d}.
 
         A matrix of all pairs of places p, q on the padded grid is symmetric, and read as if its
@@ -117,7 +113,7 @@ class Windows:
         ahead = [(0, side) for side in beside]
 
         def by_distance(array: Any, sides: Sequence[tuple[Any, Any]]) -> Any:
-            padded = tf.pad(ghost_norms.wide(array), [(0, 0), *sides, (0, 0)])
+            padded = tf.pad(reductions.wide(array), [(0, 0), *sides, (0, 0)])
             rows = tf.reshape(padded, [n, count, array.shape[-1]])
             # A row more makes the matrix divisible into the longer rows.
             longer = tf.pad(rows, [(0, 0), (0, 1), (0, 0)])
@@ -138,49 +134,7 @@ class Windows:
         total = tf.reduce_sum(pooled * met * tf.constant(weights, pooled.dtype))
         diagonals = tf.maximum(size * pooled[..., 0] * met[..., 0], 0.0)
         roots = tf.reduce_sum(tf.sqrt(diagonals), axis=list(range(1, 1 + len(grid))))
-        return tf.stack([total, tf.reduce_sum(tf.square(roots))])
-
-    def _at_once(self) -> int:
-        """Return how many of the kernel's axes, the last ones, are laid out at a time."""
-        inward = self.inputs.shape[-1] // self.groups
-        return len(self.kernel) if inward * math.prod(self.kernel) <= _NARROW else 1
-
-    def _gradients(self, inputs: Any, cotangents: Any) -> Iterator[Any]:
-        """Yield the gradients of the kernel's parts, (n, groups, outward, elements * inward)."""
-        kernel, rank, at_once = self.kernel, len(self.kernel), self._at_once()
-        n, *positions, outward = sizes_of(cotangents)
-        places = math.prod(positions)
-        padded = tf.pad(ghost_norms.wide(inputs), [(0, 0), *self.padding, (0, 0)])
-        inward = inputs.shape[-1] // self.groups
-
-        def seen(array: Any, axis: int, at: int) -> Any:
-            """Return what the elements of the kernel at a place along an axis see."""
-            start, stride = at * self.dilation[axis], self.stride[axis]
-            cut = [slice(None)] * (1 + axis)
-            stop = start + (positions[axis] - 1) * stride + 1
-            return array[(*cut, slice(start, stop, stride))]
-
-        def in_groups(array: Any, width: int) -> Any:
-            """Return an array in shape (n, groups, places, width)."""
-            if self.groups == 1:
-                return tf.reshape(array, [n, 1, places, width])
-            return tf.transpose(tf.reshape(array, [n, places, self.groups, width]), [0, 2, 1, 3])
-
-        right = in_groups(ghost_norms.wide(cotangents), outward // self.groups)
-        split = rank - at_once
-        ahead = padded
-        if self.groups > 1:
-            # The channels of a group stay together.
-            ahead = tf.reshape(padded, [*sizes_of(padded)[:-1], self.groups, inward])
-        for axis in reversed(range(split, rank)):
-            parts = [seen(ahead, axis, at) for at in range(kernel[axis])]
-            ahead = parts[0] if len(parts) == 1 else tf.concat(parts, axis=-1)
-        width = inward * math.prod(kernel[split:])
-        for place in itertools.product(*map(range, kernel[:split])):
-            left = ahead
-            for axis, at in enumerate(place):
-                left = seen(left, axis, at)
-            yield tf.matmul(right, in_groups(left, width), transpose_a=True)
+        return total, tf.reduce_sum(tf.square(roots))
 
 
 def same_padding(

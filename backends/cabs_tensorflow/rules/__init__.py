@@ -1,5 +1,5 @@
 """What each operation does to the batch axis, and how a variable meets it.
 
-One table says where the examples lie after an operation, another what gradient a variable gets from
-it. Imports ``cabs_tensorflow.norms``; does not walk the graph.
+One table says where the examples lie, another what gradient a variable gets; several uses
+of it are added up here. Imports ``cabs_tensorflow.graph`` and ``norms``; does not walk the graph.
 """

@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 import tensorflow as tf
 
 from cabs.gradients.layout import Layout, MixedError, Shape
+from cabs.gradients.terms import Product, Term
 from cabs_tensorflow.graph.symbolic_shapes import Sizes
-from cabs_tensorflow.norms.ghost_norms import sizes_of
-from cabs_tensorflow.norms.per_example import Product, Term
+from cabs_tensorflow.norms.reductions import sizes_of
 from cabs_tensorflow.rules.layout import Batch
 
 PRODUCTS = frozenset("BatchMatMul BatchMatMulV2 BatchMatMulV3 Einsum MatMul".split())

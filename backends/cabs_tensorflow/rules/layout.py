@@ -12,7 +12,7 @@ from typing import Any
 import tensorflow as tf
 
 from cabs.gradients.layout import Layout, MixedError
-from cabs_tensorflow.norms.ghost_norms import sizes_of
+from cabs_tensorflow.norms.reductions import sizes_of
 
 
 @dataclass(frozen=True)

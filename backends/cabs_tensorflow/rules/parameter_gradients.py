@@ -14,12 +14,12 @@ from typing import Any
 import tensorflow as tf
 
 from cabs.gradients.layout import Layout, MixedError, Shape, along_examples
+from cabs.gradients.terms import Lookup, Materialized, Term
 from cabs_tensorflow.graph.program import copied
 from cabs_tensorflow.graph.symbolic_shapes import Sizes
-from cabs_tensorflow.norms import ghost_norms
-from cabs_tensorflow.norms.convolution import Windows, same_padding
-from cabs_tensorflow.norms.ghost_norms import sizes_of
-from cabs_tensorflow.norms.per_example import Formed, Lookup, Term
+from cabs_tensorflow.norms import reductions
+from cabs_tensorflow.norms.convolution import Convolution, same_padding
+from cabs_tensorflow.norms.reductions import sizes_of
 from cabs_tensorflow.rules import batch_axis, contraction
 from cabs_tensorflow.rules.layout import Batch
 
@@ -109,7 +109,7 @@ class _Meeting:
         sizes = sizes_of(taken)
         return tf.reshape(taken, [sizes[0], *[1] * missing, *sizes[1:]]) if missing else taken
 
-    def collected(self, parts: Any, aligned: Shape) -> Formed:
+    def collected(self, parts: Any, aligned: Shape) -> Materialized:
         """Return gradients of what was broadcast as a tensor of the shape ``aligned`` would be."""
         one = self.layout.one
         aligned = (1,) * (len(one) - len(aligned)) + tuple(aligned)
@@ -119,9 +119,9 @@ class _Meeting:
             if size == 1 and wide != 1
         ]
         if summed:
-            parts = tf.reduce_sum(ghost_norms.wide(parts), axis=summed, keepdims=True)
+            parts = tf.reduce_sum(reductions.wide(parts), axis=summed, keepdims=True)
         sizes = sizes_of(self.join.tensor)
-        return Formed(tf.reshape(parts, [self.batch.taken, *sizes]), self.shape)
+        return Materialized(tf.reshape(parts, [self.batch.taken, *sizes]), self.shape)
 
 
 def _plus(meeting: _Meeting) -> Term:
@@ -134,7 +134,7 @@ def _minus(meeting: _Meeting) -> Term:
 
 
 def _times(meeting: _Meeting) -> Term:
-    parts = ghost_norms.wide(meeting.taken()) * ghost_norms.wide(meeting.other(1 - meeting.index))
+    parts = reductions.wide(meeting.taken()) * reductions.wide(meeting.other(1 - meeting.index))
     return meeting.collected(parts, meeting.shape)
 
 
@@ -255,7 +255,7 @@ def _convolution(meeting: _Meeting) -> Term:
     channels = seen.shape[-1]
     groups = channels if is_depthwise else channels // meeting.shape[-2]
     # Frames are a spatial axis, along which the kernel has one element.
-    return Windows(
+    return Convolution(
         seen,
         made,
         meeting.shape,

@@ -15,13 +15,14 @@ from typing import Any, NamedTuple
 import tensorflow as tf
 
 from cabs.gradients.layout import MixedError, Shape
+from cabs.gradients.terms import Materialized, Product, Term
 from cabs_tensorflow.graph.program import CALLS, Program, ancestors, copied
 from cabs_tensorflow.graph.symbolic_shapes import SOURCES, Sizes
-from cabs_tensorflow.norms.ghost_norms import sizes_of
-from cabs_tensorflow.norms.per_example import Formed, Product, Pulled, Term
+from cabs_tensorflow.norms.reductions import sizes_of
 from cabs_tensorflow.rules import batch_axis
 from cabs_tensorflow.rules.layout import Batch
 from cabs_tensorflow.rules.parameter_gradients import lookup
+from cabs_tensorflow.rules.uses import Pulled
 
 _CUTTING = frozenset("Slice Split SplitV StridedSlice Unpack".split())
 _REARRANGING = frozenset({*batch_axis.KEEPING, *_CUTTING, "Neg", "Transpose"})
@@ -169,7 +170,7 @@ class Shared:
     def _looked_up(self, batch: Batch, tensor: Any, term: Term, shape: Shape) -> Term:
         """Return the gradients of a table from which all examples take the same rows."""
         ids = tf.reshape(tensor.op.inputs[1], [-1])
-        if not isinstance(term, Formed):
+        if not isinstance(term, Materialized):
             # The gradients of the rows, then those of the table.
             return Pulled(term, partial(_table, ids=ids, shape=shape), shape)
         return lookup(batch, tf.tile(ids[None], [batch.taken, 1]), term.gradients, shape)

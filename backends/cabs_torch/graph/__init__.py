@@ -1,5 +1,4 @@
-"""The autograd graph of a backward pass, walked from the losses to the parameters.
+"""The autograd graph: how to read its nodes, and checkpoints that make a graph of their own.
 
-Says where each parameter meets the examples, by asking the rules, and what lies between a parameter
-and its uses. Imports ``cabs_torch.rules``; computes nothing.
+Computes no norms. Imports the core and ``cabs_torch.errors`` alone; rules and the walk import it.
 """

@@ -189,6 +189,13 @@ def _kept(packed: list[Any]) -> Iterator[None]:
             holder.handles = dict(holder.handles)
 
 
+@contextmanager
+def readable(node: Node) -> Iterator[None]:
+    """Let what a node saved be read inside, as it is by the node itself later."""
+    with _kept(_packed(node)), torch.no_grad():
+        yield
+
+
 def _packed(node: Node) -> list[Any]:
     found: list[Any] = []
     kind: Any = type(node)

@@ -21,7 +21,7 @@ class _SeenError(Exception):
     """Ends a checkpoint's backward pass where its function has been run."""
 
 
-def is_segment(node: Node) -> bool:
+def is_reentrant_checkpoint(node: Node) -> bool:
     """Return whether a node is that of a reentrant checkpoint."""
     return getattr(node, "_forward_cls", None) is CheckpointFunction
 

@@ -1,5 +1,6 @@
-"""Squared norms of per-example gradients, from inputs and cotangents.
+"""Squared norms of per-example gradients, from inputs and cotangents, on arrays of PyTorch.
 
-Ghost norms, Gram matrices, convolutions, lookups, and several uses of one parameter. Imports the
-core alone, but for the paths by which a parameter is reached.
+The arithmetic is that of ``cabs.gradients``; here is the table of array operations that it is
+written in, bags of rows, and convolutions by kernels of PyTorch's own.
+Imports the core and the framework alone.
 """

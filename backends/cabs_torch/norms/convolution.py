@@ -1,9 +1,10 @@
 """The gradients of a convolution's weight.
 
 Guarantees: they are those of a matrix that meets what the kernel sees, by groups of channels, in
-any number of dimensions; no more than one row of the kernel is laid out at a time. Where it is
-faster, nothing is laid out: the gradients are those of one convolution with a group of channels for
-each example, or, where products of pairs of positions are fewer, are not formed at all.
+any number of dimensions; no more is laid out at a time than what the whole kernel sees, where that
+is little, or a row of it. Where it is faster, nothing is laid out: the gradients are those of one
+convolution with a group of channels for each example, or, where products of pairs of positions are
+fewer, are not formed at all.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from cabs.gradients.layout import Shape
-from cabs_torch.norms import ghost_norms
+from cabs.gradients.outer_products import CANCELLING
+from cabs_torch.norms import reductions
+from cabs_torch.norms.arrays import TorchArrays
 
 # What it costs to add a matrix moved along its diagonals, in products.
 _MOVED = 4
@@ -34,7 +37,7 @@ _NARROW = 32
 
 
 @dataclass(frozen=True)
-class Windows:
+class Convolution:
     """Gradients of a convolution's weight.
 
     ``inputs`` has shape (n, F, channels in, *spatial) and ``cotangents`` (n, F, channels out,
@@ -51,28 +54,30 @@ class Windows:
     groups: int
 
     @property
-    def examples(self) -> int:
-        return len(self.inputs)
+    def operands(self) -> tuple[Tensor, ...]:
+        return (self.inputs, self.cotangents)
 
-    def form(self, part: slice) -> Tensor:
-        return self._some(part)._gradients().movedim(0, 3).reshape(-1, *self.shape)
+    def gradient(self, arrays: TorchArrays, *operands: Tensor) -> Tensor:  # noqa: ARG002
+        return self._of(*operands)._gradients().movedim(0, 3).reshape(-1, *self.shape)
 
-    def square_sum(self, chunk: int | None) -> Tensor:
+    def squares(self, arrays: TorchArrays) -> Tensor:
         if self._is_cheaper_in_pairs():
-            return self._square_sum_in_pairs(chunk)
+            return self._squares_in_pairs(arrays)
         needed = self.inputs[0].numel() + self.cotangents[0].numel()
         if self._can_be_convolved():
-            needed, gradients = needed + math.prod(self.shape), Windows._convolved
+            needed, gradients = needed + math.prod(self.shape), Convolution._convolved
         else:
-            needed, gradients = needed * self.shape[-1], Windows._gradients
-        total = ghost_norms.zero(self.inputs.device)
-        for part in ghost_norms.parts(self.examples, needed, chunk):
-            total += ghost_norms.square(gradients(self._some(part)))
-        return total
+            needed, gradients = needed * self.shape[-1], Convolution._gradients
 
-    def _some(self, part: slice) -> Windows:
-        """Return the gradients of some examples."""
-        return replace(self, inputs=self.inputs[part], cotangents=self.cotangents[part])
+        def some(*operands: Tensor) -> Tensor:
+            return reductions.square(gradients(self._of(*operands)))
+
+        found: Tensor = arrays.in_chunks(some, self.operands, needed)
+        return found
+
+    def _of(self, inputs: Tensor, cotangents: Tensor) -> Convolution:
+        """Return the gradients of other examples, or of some."""
+        return replace(self, inputs=inputs, cotangents=cotangents)
 
     def _is_cheaper_in_pairs(self) -> bool:
         frames, channels = self.inputs.shape[1:3]
@@ -81,7 +86,7 @@ class Windows:
         formed = math.prod(self.shape) * math.prod(self.cotangents.shape[3:])
         speed = _CONVOLVED if self._can_be_convolved() else 1.0
         is_cheaper = speed * math.prod(self._grid()) ** 2 * in_pairs < formed
-        return is_plain and is_cheaper and ghost_norms.may_look(self.inputs.device)
+        return is_plain and is_cheaper and reductions.may_look(self.inputs.device)
 
     def _can_be_convolved(self) -> bool:
         """Return whether there is a fast convolution of single precision for it."""
@@ -92,7 +97,7 @@ class Windows:
             and len(kernel) == 2
             and min(kernel) > 1
             and self.inputs.shape[1] == 1
-            and ghost_norms.may_look(self.inputs.device)
+            and reductions.may_look(self.inputs.device)
             and self.inputs.dtype != torch.float64
             and torch.backends.mkldnn.is_available()
             and torch._C._get_mkldnn_enabled()
@@ -114,18 +119,18 @@ class Windows:
         are groups of their own.
         """
         inputs, cotangents = (
-            ghost_norms.at_least_single(one).flatten(0, 2).unsqueeze(0)
+            reductions.at_least_single(one).flatten(0, 2).unsqueeze(0)
             for one in (self.inputs, self.cotangents)
         )
         weight = inputs.new_empty(cotangents.shape[1], *self.shape[1:])
-        rank, groups = len(self.stride), self.examples * self.groups
+        rank, groups = len(self.stride), len(self.inputs) * self.groups
         found: list[Tensor] = torch.ops.aten.convolution_backward(
             *(cotangents, inputs, weight, None, self.stride, self.padding, self.dilation),
             *(False, [0] * rank, groups, [False, True, False]),
         )
         return found[1]
 
-    def _square_sum_in_pairs(self, chunk: int | None) -> Tensor:
+    def _squares_in_pairs(self, arrays: TorchArrays) -> Tensor:
         """Sum over pairs of positions p, q: (b_p . b_q) sum over offsets d of x_{p+d} . x_{q+d}.
 
         The products of all pairs of padded inputs are a matrix, and an offset moves along its
@@ -139,10 +144,10 @@ class Windows:
         # Positions as places on the grid, up to the last one.
         beside = [g - size for g, size in zip(grid, positions, strict=True)]
         wider = [side for width in reversed(beside[1:]) for side in (0, width)]
-        total = ghost_norms.zero(self.inputs.device)
-        for part in ghost_norms.parts(self.examples, 3 * count**2, chunk):
-            x = self._padded(self.inputs[part, 0]).flatten(2)
-            b = ghost_norms.at_least_single(self.cotangents[part, 0])
+
+        def some(inputs: Tensor, cotangents: Tensor) -> tuple[Tensor, Tensor]:
+            x = self._padded(inputs[:, 0]).flatten(2)
+            b = reductions.at_least_single(cotangents[:, 0])
             b = pad(b, wider).flatten(2)[..., :last]
             moved = torch.bmm(x.mT, x).flatten(1)
             for size, dilation, step in zip(kernel, self.dilation, steps, strict=True):
@@ -152,15 +157,22 @@ class Windows:
                 for offset in range(1, size):
                     summed += moved[:, offset * jump : offset * jump + length]
                 moved = summed
-            left = moved.as_strided((len(b), last, last), (moved.stride(0), count, 1))
-            squares = ghost_norms.of_pairs(left, torch.bmm(b.mT, b))
-            total += self._formed_in_double(part) if squares is None else squares
-        return total
+            left = moved.as_strided((len(b), 1, last, last), (moved.stride(0), 0, count, 1))
+            right = torch.bmm(b.mT, b)[:, None]
+            bound = arrays.squares(arrays.root_sums(left, right))
+            # The first is read in overlapping places, and must stay.
+            return arrays.inner(right, left), bound
 
-    def _formed_in_double(self, part: slice) -> Tensor:
-        some = self._some(part)
-        double = replace(some, inputs=some.inputs.double(), cotangents=some.cotangents.double())
-        return ghost_norms.square(double._gradients())
+        def in_double(*operands: Tensor) -> Tensor:
+            return reductions.square(self._of(*(one.double() for one in operands))._gradients())
+
+        total, bound = arrays.in_chunks(some, self.operands, 3 * count**2)
+        return arrays.unless_cancelled(
+            total,
+            bound,
+            CANCELLING * last,
+            lambda: arrays.in_chunks(in_double, self.operands, 3 * count**2),
+        )
 
     def _grid(self) -> list[int]:
         """Return the shape of the padded input."""
@@ -168,7 +180,7 @@ class Windows:
         return [size + 2 * width for size, width in sides]
 
     def _padded(self, inputs: Tensor) -> Tensor:
-        inputs = ghost_norms.at_least_single(inputs)
+        inputs = reductions.at_least_single(inputs)
         if not any(self.padding):
             return inputs
         return pad(inputs, [side for width in reversed(self.padding) for side in (width,) * 2])
@@ -190,11 +202,11 @@ class Windows:
         # (n, channels, elements of the kernel, frames, positions): the last two lie together.
         elements = range(3 + rank, 3 + rank + at_once)
         inputs = inputs.permute(0, 2, *elements, 1, *range(3, 3 + rank)).contiguous()
-        cotangents = ghost_norms.at_least_single(self.cotangents).transpose(1, 2)
+        cotangents = reductions.at_least_single(self.cotangents).transpose(1, 2)
         columns = math.prod(positions) * self.inputs.shape[1]
         width = math.prod(inputs.shape[2 : 2 + at_once]) * self.shape[1]
         offsets = list(itertools.product(*map(range, kernel[: rank - at_once])))
-        batch = self.examples * self.groups
+        batch = len(self.inputs) * self.groups
         cotangents = cotangents.reshape(batch, -1, columns)
         gradients = inputs.new_empty(len(offsets), batch, cotangents.shape[1], width)
         for offset, gradient in zip(offsets, gradients, strict=True):
@@ -207,4 +219,4 @@ class Windows:
                 if stride > 1:
                     seen = seen[(slice(None),) * place + (slice(None, None, stride),)]
             torch.bmm(cotangents, seen.reshape(batch, width, columns).mT, out=gradient)
-        return gradients.reshape(len(offsets), self.examples, *self.shape[:2], -1)
+        return gradients.reshape(len(offsets), len(self.inputs), *self.shape[:2], -1)

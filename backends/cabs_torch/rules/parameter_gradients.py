@@ -9,43 +9,57 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from cabs.gradients.layout import Layout, MixedError, Shape, along_examples
+from cabs.gradients.terms import Lookup, Materialized, Product, Term
 from cabs_torch.graph.autograd_nodes import Node, check_saved, name_of, saved, signed
-from cabs_torch.norms import ghost_norms
-from cabs_torch.norms.convolution import Windows
-from cabs_torch.norms.per_example import Bags, Formed, Lookup, Product, Term
+from cabs_torch.norms import reductions
+from cabs_torch.norms.bags import Bags
+from cabs_torch.norms.convolution import Convolution
 from cabs_torch.rules.batch_axis import of_input
 from cabs_torch.rules.layout import take
+from cabs_torch.rules.registered import leading, name_of_rule, place_of, rules_of
+from cabs_torch.rules.registered import term as registered_term
 
 
-class Join(NamedTuple):
+class ParameterInput(NamedTuple):
     """An input of an operation that is a parameter's, the same for all examples."""
 
     rule: str
     """How its gradients are had."""
     term: Callable[[Sequence[Tensor | None], int], Term | None]
     """From the output cotangents, the gradients of the first so many examples, if any are not 0."""
+    of_all_outputs: bool = False
+    """Whether gradients come through other outputs than the first, too."""
 
 
 def enter(
     node: Node, output: int, layout: Layout, index: int, shape: Shape
-) -> Layout | Join | None:
-    """Return where the examples lie in a node's input of a shape, or how it is joined with them.
+) -> Layout | ParameterInput | None:
+    """Return where the examples lie in a node's input of a shape, or that it is a parameter.
 
-    ``layout`` is that of one of the node's outputs. A join is through the first output: from others
-    nothing flows to a parameter. None if it is the same for all examples, and there is no rule for
-    its gradients.
+    ``layout`` is that of one of the node's outputs. Parameters get their gradients through the
+    first output, and nothing from others. None if the input is the same for all examples, and there
+    is no rule for its gradients.
 
     Raises:
         MixedError: If the operation mixes examples.
         UnknownError: If there is no rule for the operation at all.
     """
-    find = _JOINS.get(name_of(node))
+    rules = rules_of(node)
+    if rules is not None:
+        rule = rules.get(place_of(node, index))
+        if rule is None:
+            return leading(layout, shape)
+        leading(layout, layout.shape)
+        name, found = name_of_rule(node), partial(registered_term, node, rule, shape)
+        return ParameterInput(name, found, of_all_outputs=True)
+    find = _RULES.get(name_of(node))
     if find is not None:
         return find(node, layout, index, shape)
     inner = of_input(node, output, layout, index, shape)
@@ -54,17 +68,17 @@ def enter(
     return inner
 
 
-def _join(rule: str, term: Callable[[Tensor, int], Term]) -> Join:
-    """Return a join that depends on the cotangent of the first output."""
+def _parameter_input(rule: str, term: Callable[[Tensor, int], Term]) -> ParameterInput:
+    """Return an input whose gradients depend on the cotangent of the first output."""
 
     def of_first(cotangents: Sequence[Tensor | None], examples: int) -> Term | None:
         # None stands for a cotangent of zeros.
         return None if cotangents[0] is None else term(cotangents[0], examples)
 
-    return Join(rule, of_first)
+    return ParameterInput(rule, of_first)
 
 
-def _matrices(node: Node, layout: Layout, index: int, shape: Shape) -> Layout | Join:
+def _matrices(node: Node, layout: Layout, index: int, shape: Shape) -> Layout | ParameterInput:
     """Y = A X or C + A X, with a vector X, or with blocks of matrices side by side."""
     first, second = _OPERANDS[name_of(node)]
     operand = index - (len(node.next_functions) - 2)
@@ -91,12 +105,12 @@ def _matrices(node: Node, layout: Layout, index: int, shape: Shape) -> Layout | 
             taken = take(layout.moved(tuple(side.shape), blocks), side, examples)
             sides.append(taken if blocks else taken.unsqueeze(1))
         left, right = sides if operand == 1 else sides[::-1]
-        return Product(left, right, shape)
+        return Product.of_matrix(left, right, shape)
 
-    return _join("matrix", term)
+    return _parameter_input("matrix", term)
 
 
-def _convolution(node: Node, layout: Layout, index: int, shape: Shape) -> Layout | Join:
+def _convolution(node: Node, layout: Layout, index: int, shape: Shape) -> Layout | ParameterInput:
     if index == 0:
         return layout.leading(shape)
     if layout.axis()[0] != 0:
@@ -116,9 +130,9 @@ def _convolution(node: Node, layout: Layout, index: int, shape: Shape) -> Layout
         inputs = take(layout.moved(tuple(kept.shape), 0), kept, examples)
         sides = (inputs, take(layout, cotangent, examples))
         seen, from_where = sides[::-1] if node._saved_transposed else sides
-        return Windows(seen, from_where, shape, stride, padding, dilation, node._saved_groups)
+        return Convolution(seen, from_where, shape, stride, padding, dilation, node._saved_groups)
 
-    return _join("convolution", term)
+    return _parameter_input("convolution", term)
 
 
 def _channels(layout: Layout) -> Shape:
@@ -126,7 +140,7 @@ def _channels(layout: Layout) -> Shape:
     return (layout.shape[1], *(1 for _ in layout.shape[2:]))
 
 
-def _layer_norm(node: Node, layout: Layout, index: int, shape: Shape) -> Layout | Join:
+def _layer_norm(node: Node, layout: Layout, index: int, shape: Shape) -> Layout | ParameterInput:
     axis, _ = layout.axis()
     if axis >= len(layout.shape) - len(node._saved_normalized_shape):
         raise along_examples()
@@ -144,7 +158,7 @@ def _layer_norm(node: Node, layout: Layout, index: int, shape: Shape) -> Layout 
     return _scaled(layout, shape, normalized)
 
 
-def _group_norm(node: Node, layout: Layout, index: int, shape: Shape) -> Layout | Join:
+def _group_norm(node: Node, layout: Layout, index: int, shape: Shape) -> Layout | ParameterInput:
     if index == 0:
         return layout.leading(shape)
     if layout.axis()[0] != 0:
@@ -158,9 +172,9 @@ def _group_norm(node: Node, layout: Layout, index: int, shape: Shape) -> Layout 
         whole = take(layout, saved(node, "input"), examples), take(layout, cotangent, examples)
         positions = math.prod(layout.shape[2:])
         sums = []
-        for part in ghost_norms.parts(examples, 2 * whole[0][0].numel(), None):
+        for part in reductions.parts(examples, 2 * whole[0][0].numel(), None):
             x, b = (
-                ghost_norms.at_least_single(one[part]).reshape(-1, *one.shape[1:3], positions)
+                reductions.at_least_single(one[part]).reshape(-1, *one.shape[1:3], positions)
                 for one in whole
             )
             # As PyTorch's own gradient has it: normalizing each element first takes much longer.
@@ -172,12 +186,13 @@ def _group_norm(node: Node, layout: Layout, index: int, shape: Shape) -> Layout 
             )
             for one in (saved(node, "result1"), saved(node, "result2"))
         )
-        return Formed(((products - mean * added) * scale).sum(dim=1))
+        gradients = ((products - mean * added) * scale).sum(dim=1)
+        return Materialized(gradients, tuple(gradients.shape[1:]))
 
-    return _join("scaled", term)
+    return _parameter_input("scaled", term)
 
 
-def _batch_norm(node: Node, layout: Layout, index: int, shape: Shape) -> Layout | Join:
+def _batch_norm(node: Node, layout: Layout, index: int, shape: Shape) -> Layout | ParameterInput:
     axis, _ = layout.axis()
     if axis == 1:
         # Each example has channels of its own, as instance normalization arranges it.
@@ -205,7 +220,7 @@ def _batch_norm(node: Node, layout: Layout, index: int, shape: Shape) -> Layout 
     return _scaled(layout, channels, normalized, parameter=shape)
 
 
-def _embedding(node: Node, layout: Layout, index: int, shape: Shape) -> Layout | Join:  # noqa: ARG001
+def _embedding(node: Node, layout: Layout, index: int, shape: Shape) -> Layout | ParameterInput:  # noqa: ARG001
     axis, _ = layout.axis()
     if axis == len(layout.shape) - 1:
         raise along_examples()
@@ -222,10 +237,12 @@ def _embedding(node: Node, layout: Layout, index: int, shape: Shape) -> Layout |
             rows = rows * (indices != padding).unsqueeze(-1)
         return Lookup(indices, rows, shape)
 
-    return _join("table", term)
+    return _parameter_input("table", term)
 
 
-def _embedding_bag(node: Node, layout: Layout, index: int, shape: Shape) -> Layout | Join | None:
+def _embedding_bag(
+    node: Node, layout: Layout, index: int, shape: Shape
+) -> Layout | ParameterInput | None:
     if layout.axis()[0] != 0:
         raise along_examples()
     if node._saved_scale_grad_by_freq:
@@ -239,7 +256,7 @@ def _embedding_bag(node: Node, layout: Layout, index: int, shape: Shape) -> Layo
         indices, offsets = saved(node, "indices"), saved(node, "offsets")[: len(cotangent)]
         places = torch.arange(len(indices), device=indices.device, dtype=offsets.dtype)
         bags = torch.bucketize(places, offsets, right=True) - 1
-        factors = (indices != padding).to(ghost_norms.single_or_double(cotangent))
+        factors = (indices != padding).to(reductions.single_or_double(cotangent))
         if node._saved_mode == _MEAN:
             sizes = factors.new_zeros(len(cotangent)).index_add_(0, bags, factors)
             factors = factors / sizes.clamp_min(1.0)[bags]
@@ -251,20 +268,20 @@ def _embedding_bag(node: Node, layout: Layout, index: int, shape: Shape) -> Layo
         owners = torch.arange(layout.examples, device=bags.device).repeat_interleave(repeats)
         return Bags(indices, rows, owners.repeat(inside)[bags], examples, shape)
 
-    return _join("table", term)
+    return _parameter_input("table", term)
 
 
 _SUM, _MEAN = 0, 1
 
 
-def _plus(node: Node, layout: Layout, index: int, shape: Shape) -> Join:
+def _plus(node: Node, layout: Layout, index: int, shape: Shape) -> ParameterInput:
     if index == 0:
         return _added(layout, shape)
     factor = float(node._saved_alpha)
     return _added(layout, shape, -factor if name_of(node) == "Sub" else factor)
 
 
-def _repeated(node: Node, layout: Layout, index: int, shape: Shape) -> Join:  # noqa: ARG001
+def _repeated(node: Node, layout: Layout, index: int, shape: Shape) -> ParameterInput:  # noqa: ARG001
     aligned = [1] * (len(layout.shape) - len(shape)) + list(shape)
     split = [part for size in aligned for part in (-1, size)]
 
@@ -274,19 +291,19 @@ def _repeated(node: Node, layout: Layout, index: int, shape: Shape) -> Join:  # 
         for place in range(len(split) // 2, 0, -1):
             taken = taken.unflatten(place, split[2 * place - 2 : 2 * place])
         times = list(range(1, len(split), 2))
-        gradients = taken.sum(dim=times, dtype=ghost_norms.single_or_double(taken))
-        return Formed(gradients.reshape(-1, *shape))
+        gradients = taken.sum(dim=times, dtype=reductions.single_or_double(taken))
+        return Materialized(gradients.reshape(-1, *shape), shape)
 
-    return _join("added", term)
+    return _parameter_input("added", term)
 
 
-def _times(node: Node, layout: Layout, index: int, shape: Shape) -> Join:
+def _times(node: Node, layout: Layout, index: int, shape: Shape) -> ParameterInput:
     name = "other" if index == 0 else "self"
     check_saved(node, name)
     return _scaled(layout, shape, lambda part: part(saved(node, name).expand(layout.shape)))
 
 
-def _over(node: Node, layout: Layout, index: int, shape: Shape) -> Join | None:
+def _over(node: Node, layout: Layout, index: int, shape: Shape) -> ParameterInput | None:
     if getattr(node, "_saved_rounding_mode", None) is not None:
         return None
     check_saved(node, "other", *(["self"] if index else []))
@@ -299,7 +316,7 @@ def _over(node: Node, layout: Layout, index: int, shape: Shape) -> Join | None:
     return _scaled(layout, shape, lambda part: -whole(part, "self") / whole(part, "other").square())
 
 
-def _power(node: Node, layout: Layout, index: int, shape: Shape) -> Join | None:
+def _power(node: Node, layout: Layout, index: int, shape: Shape) -> ParameterInput | None:
     if index != 1:
         return None
     check_saved(node, "self", "result")
@@ -313,7 +330,7 @@ def _power(node: Node, layout: Layout, index: int, shape: Shape) -> Join | None:
     return _scaled(layout, shape, slope)
 
 
-def _prelu(node: Node, layout: Layout, index: int, shape: Shape) -> Join | None:
+def _prelu(node: Node, layout: Layout, index: int, shape: Shape) -> ParameterInput | None:
     if index != 1:
         return None
     check_saved(node, "self")
@@ -322,17 +339,18 @@ def _prelu(node: Node, layout: Layout, index: int, shape: Shape) -> Join | None:
 
 def _added(
     layout: Layout, shape: Shape, factor: float = 1.0, parameter: Shape | None = None
-) -> Join:
-    """Join what is broadcast as a tensor of ``shape`` would be, times a factor, and added."""
+) -> ParameterInput:
+    """Return what is broadcast as a tensor of ``shape`` would be, times a factor, and added."""
 
     def term(cotangent: Tensor, examples: int) -> Term:
         taken = take(layout, cotangent, examples)
         gradients = _collected(taken, layout, shape)
         if factor != 1.0:
             gradients = gradients * factor
-        return Formed(gradients.reshape(-1, *(shape if parameter is None else parameter)))
+        mine = shape if parameter is None else parameter
+        return Materialized(gradients.reshape(-1, *mine), mine)
 
-    return _join("added", term)
+    return _parameter_input("added", term)
 
 
 def _scaled(
@@ -340,8 +358,8 @@ def _scaled(
     shape: Shape,
     other: Callable[[Callable[[Tensor], Tensor]], Tensor],
     parameter: Shape | None = None,
-) -> Join:
-    """Join what is broadcast as a tensor of ``shape`` would be, and multiplied by another.
+) -> ParameterInput:
+    """Return what is broadcast as a tensor of ``shape`` would be, and multiplied by another.
 
     ``other`` is given a function that takes some examples' part of a tensor.
     """
@@ -349,17 +367,18 @@ def _scaled(
     def term(cotangent: Tensor, examples: int) -> Term:
         taken = take(layout, cotangent, examples)
         rows = []
-        for part in ghost_norms.parts(examples, 4 * taken[0].numel(), None):
+        for part in reductions.parts(examples, 4 * taken[0].numel(), None):
 
             def some(tensor: Tensor, part: slice = part) -> Tensor:
                 axis, _ = layout.axis()
                 inner = layout.moved(tuple(tensor.shape), axis)
-                return ghost_norms.at_least_single(take(inner, tensor, part.stop)[part])
+                return reductions.at_least_single(take(inner, tensor, part.stop)[part])
 
             rows.append(_collected(other(some) * taken[part], layout, shape))
-        return Formed(torch.cat(rows).reshape(-1, *(shape if parameter is None else parameter)))
+        mine = shape if parameter is None else parameter
+        return Materialized(torch.cat(rows).reshape(-1, *mine), mine)
 
-    return _join("scaled", term)
+    return _parameter_input("scaled", term)
 
 
 def _collected(taken: Tensor, layout: Layout, shape: Shape) -> Tensor:
@@ -370,7 +389,7 @@ def _collected(taken: Tensor, layout: Layout, shape: Shape) -> Tensor:
     ]
     if not summed:
         return taken
-    return taken.sum(dim=summed, dtype=ghost_norms.single_or_double(taken))
+    return taken.sum(dim=summed, dtype=reductions.single_or_double(taken))
 
 
 _OPERANDS = {
@@ -383,8 +402,8 @@ _OPERANDS = {
 }
 """The names under which the factors of a product are saved."""
 
-_Rule = Callable[[Any, Layout, int, Shape], Layout | Join | None]
-_JOINS: dict[str, _Rule] = {
+_Rule = Callable[[Any, Layout, int, Shape], Layout | ParameterInput | None]
+_RULES: dict[str, _Rule] = {
     **dict.fromkeys(_OPERANDS, _matrices),
     "Convolution": _convolution,
     "CudnnBatchNorm": _batch_norm,

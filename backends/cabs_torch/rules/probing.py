@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from cabs.gradients.layout import Layout, MixedError, Shape
+from cabs.gradients.terms import Materialized, Term
 from cabs_torch.errors import HiddenError
 from cabs_torch.graph.autograd_nodes import (
     Node,
@@ -25,11 +26,10 @@ from cabs_torch.graph.autograd_nodes import (
     shape_of,
     zeros_for,
 )
-from cabs_torch.norms import ghost_norms
-from cabs_torch.norms.per_example import Formed, Term
+from cabs_torch.norms import reductions
 from cabs_torch.ranks import is_distributed
 from cabs_torch.rules.layout import only
-from cabs_torch.rules.parameter_gradients import Join
+from cabs_torch.rules.parameter_gradients import ParameterInput
 
 
 def check(node: Node) -> None:
@@ -86,7 +86,7 @@ def positions(node: Node, output: int, layout: Layout, index: int) -> Layout | N
     Raises:
         MixedError: If examples are mixed, or it cannot be told where they lie.
     """
-    if ghost_norms.is_traced():
+    if reductions.is_traced():
         raise MixedError("has no rule, and cannot be tried out while it is traced")
     if is_packed(node):
         raise MixedError("has no rule, and cannot be tried out inside of a checkpoint")
@@ -167,8 +167,8 @@ class Calls:
         self._waiting: set[int] = set()
         self._rows: list[list[Tensor | None]] = []
 
-    def join(self, index: int) -> Join:
-        """Return the join of the node's ``index``-th input."""
+    def parameter_input(self, index: int) -> ParameterInput:
+        """Return the node's ``index``-th input, as that of a parameter."""
         self._waiting.add(index)
 
         def term(cotangents: Sequence[Tensor | None], examples: int) -> Term | None:
@@ -182,9 +182,9 @@ class Calls:
             if not given:
                 return None
             shape = shape_of(self._node.next_functions[index])
-            return Formed(torch.stack(given).reshape(-1, *shape))
+            return Materialized(torch.stack(given).reshape(-1, *shape), shape)
 
-        return Join("called", term)
+        return ParameterInput("called", term)
 
     def _call(self, cotangents: Sequence[Tensor | None], example: int) -> list[Tensor | None]:
         alone = [

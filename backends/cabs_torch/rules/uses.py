@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from cabs.gradients.layout import Shape
+from cabs.gradients.terms import Lookup, Product, Term, together
 from cabs_torch.graph.autograd_nodes import Edge, name_of, shape_of
-from cabs_torch.norms import ghost_norms
-from cabs_torch.norms.per_example import Lookup, Product, Term, together
+from cabs_torch.norms import reductions
+from cabs_torch.norms.arrays import TorchArrays
 from cabs_torch.rules.batch_axis import KEEPING, PERMUTING, permutation
 from cabs_torch.rules.parameter_paths import MULTIPLE, back, settings
 
@@ -32,21 +33,20 @@ class Use:
         """The parameter's shape."""
         return shape_of(self.path[-1][0].next_functions[0]) if self.path else self.term.shape
 
-    def form(self, part: slice) -> Tensor:
-        """Return gradients of the parameter, shape (examples, *shape)."""
-        return back(self.term.form(part), self.path)
+    def gradient(self, arrays: TorchArrays, part: slice) -> Tensor:
+        """Return some examples' gradients of the parameter, shape (examples, *shape)."""
+        operands = (one[part] for one in self.term.operands)
+        return back(self.term.gradient(arrays, *operands), self.path)
 
     def straight(self) -> Use:
         """Return the same use without casts and transpositions, where the term can do without."""
         term, path = self.term, self.path
         while path and isinstance(term, (Product, Lookup)):
             node, rank = path[0][0], len(term.shape)
-            name = name_of(node)
+            name, shape = name_of(node), shape_of(node.next_functions[0])
             if name in PERMUTING and isinstance(term, Product):
-                if permutation(node, rank) != [*range(rank - 2), rank - 1, rank - 2]:
-                    break
-                term = term.transposed()
-            elif shape_of(node.next_functions[0]) != term.shape or name not in KEEPING:
+                term = term.placed(shape, permutation(node, rank))
+            elif shape != term.shape or name not in KEEPING:
                 break
             path = path[1:]
         return Use(term, path)
@@ -62,33 +62,31 @@ class Use:
         return None
 
 
-def total_square_sum(uses: Sequence[Use], chunk: int | None) -> Tensor:
+def total_squares(uses: Sequence[Use], arrays: TorchArrays) -> Tensor:
     """Return the sum over examples of the squared norm of a parameter's gradient.
 
-    Where there are several uses, the gradients of all are added before they are squared: uses as a
-    matrix or a table put one after the other along T are one such use, others are formed.
+    Where there are several uses, the gradients of all are added before they are squared: from their
+    factors where all are uses as a matrix or a table; else they are materialized.
     """
     uses = [use.straight() for use in uses]
     if len(uses) == 1:
-        return uses[0].term.square_sum(chunk)
+        alone: Tensor = uses[0].term.squares(arrays)
+        return alone
     cuts = {use.cut() for use in uses}
     if None not in cuts and len(cuts) > 1 and len({cut[0] for cut in cuts if cut}) == 1:
         # What is cut out of a parameter in one go does not overlap.
         by_part = ([use for use in uses if use.cut() == cut] for cut in cuts)
-        return torch.stack([total_square_sum(some, chunk) for some in by_part]).sum()
+        return torch.stack([total_squares(some, arrays) for some in by_part]).sum()
     if len({use.signature() for use in uses}) == 1:
-        products = [use.term for use in uses if isinstance(use.term, Product)]
-        lookups = [use.term for use in uses if isinstance(use.term, Lookup)]
-        if len(products) + len(lookups) == len(uses):
-            found = together(products, lookups, chunk)
-            if found is not None:
-                return found
-    examples, shape = uses[0].term.examples, uses[0].shape
-    chunks = ghost_norms.parts(examples, 2 * math.prod(shape), chunk)
-    return torch.stack([ghost_norms.square(form(uses, part)) for part in chunks]).sum()
+        found: Tensor | None = together(arrays, [use.term for use in uses])
+        if found is not None:
+            return found
+    chunks = arrays.parts(len(uses[0].term.operands[0]), 2 * math.prod(uses[0].shape))
+    sums = [reductions.square(gradients(uses, arrays, part)) for part in chunks]
+    return torch.stack(sums).sum()
 
 
-def form(uses: Sequence[Use], part: slice) -> Tensor:
+def gradients(uses: Sequence[Use], arrays: TorchArrays, part: slice) -> Tensor:
     """Return some examples' gradients of a parameter, the sum over its uses."""
-    formed = [use.form(part) for use in uses]
-    return formed[0] if len(formed) == 1 else torch.stack(formed).sum(dim=0)
+    found = [use.gradient(arrays, part) for use in uses]
+    return found[0] if len(found) == 1 else torch.stack(found).sum(dim=0)

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import cabs_torch
-from cabs_torch.norms.convolution import Windows
+from cabs_torch.norms.convolution import Convolution
 from tests.torch.models import squares
 from tests.torch.reference import assert_exact
 
@@ -35,8 +35,10 @@ def is_exact_by(way, case, dtype, monkeypatch):
     torch.manual_seed(0)
     build, size = case
     layer = build()
-    used, method = [], getattr(Windows, way)
-    monkeypatch.setattr(Windows, way, lambda term, *given: used.append(1) or method(term, *given))
+    used, method = [], getattr(Convolution, way)
+    monkeypatch.setattr(
+        Convolution, way, lambda term, *given: used.append(1) or method(term, *given)
+    )
     model = nn.Sequential(layer, nn.Tanh(), nn.Flatten()).to(dtype)
     inputs = torch.randn(5, layer.in_channels, *size, dtype=dtype)
     assert_exact(model, squares, inputs, torch.randn(5, dtype=dtype))
@@ -46,7 +48,7 @@ def is_exact_by(way, case, dtype, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("name", WIDE)
 def test_pairs_of_positions_are_exact(name, dtype, monkeypatch):
-    assert is_exact_by("_square_sum_in_pairs", WIDE[name], dtype, monkeypatch) == 1
+    assert is_exact_by("_squares_in_pairs", WIDE[name], dtype, monkeypatch) == 1
 
 
 @pytest.mark.parametrize("name", LARGE)

@@ -1,0 +1,128 @@
+"""The array operations of TensorFlow, in which the core computes squared norms.
+
+Guarantees: sums are taken in float32 or better; every shape that XLA has to know follows from the
+shapes of what is given. Squares are 0-d tensors, sums over the examples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import tensorflow as tf
+
+from cabs_tensorflow.norms import reductions
+from cabs_tensorflow.norms.reductions import sizes_of
+
+
+class TensorflowArrays:
+    """The table."""
+
+    # Measured.
+    pair_cost = 0.75
+    symmetric: int | None = None
+    patch_width = 128
+
+    def shape(self, array: Any) -> tuple[Any, ...]:
+        return tuple(array.shape.as_list())
+
+    def sizes(self, array: Any) -> list[Any]:
+        return sizes_of(array)
+
+    def wide(self, array: Any) -> Any:
+        return reductions.wide(array)
+
+    def double(self, array: Any) -> Any:
+        return tf.cast(array, tf.float64)
+
+    def contract(self, left: Any, right: Any, axis: int) -> Any:
+        left, right = self.wide(left), self.wide(right)
+        return tf.matmul(left, right, transpose_a=axis == 2, transpose_b=axis == 3)
+
+    def squares(self, array: Any) -> Any:
+        return reductions.square(array)
+
+    def inner(self, left: Any, right: Any) -> Any:
+        return tf.reduce_sum(left * right)
+
+    def row_norms(self, array: Any) -> Any:
+        return tf.sqrt(tf.reduce_sum(tf.square(self.wide(array)), axis=(2, 3)))
+
+    def root_sums(self, left: Any, right: Any) -> Any:
+        terms = tf.linalg.diag_part(left) * tf.linalg.diag_part(right)
+        return tf.reduce_sum(tf.sqrt(tf.maximum(terms, 0.0)), axis=2)
+
+    def reshape(self, array: Any, sizes: Sequence[Any]) -> Any:
+        return tf.reshape(array, [tf.shape(array)[0], *sizes])
+
+    def transpose(self, array: Any, order: Sequence[int]) -> Any:
+        return tf.transpose(array, [0, *(1 + axis for axis in order)])
+
+    def pad(self, array: Any, first: int, sides: Sequence[tuple[Any, Any, int]]) -> Any:
+        # TensorFlow has no convolution of an input that is spread.
+        around = [(low, high) for low, high, _ in sides]
+        behind = array.shape.rank - first - len(sides)
+        return tf.pad(array, [*[(0, 0)] * first, *around, *[(0, 0)] * behind])
+
+    def strided(self, array: Any, axis: int, start: int, stop: Any, step: int) -> Any:
+        return array[(slice(None),) * axis + (slice(start, stop, step),)]
+
+    def part(self, array: Any, axis: int, start: int, stop: int) -> Any:
+        return array[(slice(None),) * axis + (slice(start, stop),)]
+
+    def concatenate(self, arrays: Sequence[Any], axis: int) -> Any:
+        return tf.concat([*arrays], axis=axis)
+
+    def argsort(self, ids: Any) -> Any:
+        return tf.argsort(ids, axis=1, stable=True)
+
+    def take(self, array: Any, places: Any) -> Any:
+        return tf.gather(array, places, axis=1, batch_dims=1)
+
+    def number(self, ids: Any) -> Any:
+        is_next = tf.cast(ids[:, 1:] != ids[:, :-1], tf.int32)
+        return tf.cumsum(tf.pad(is_next, [[0, 0], [1, 0]]), axis=1)
+
+    def columns(self, array: Any, ids: Any) -> Any:
+        return tf.gather(array, ids, axis=2, batch_dims=1)
+
+    def scatter(self, places: Any, rows: Any, count: Any) -> Any:
+        n, length, height = sizes_of(rows)
+        count = length if count is None else count
+        start = tf.range(n, dtype=places.dtype)[:, None] * tf.cast(count, places.dtype)
+        flat = tf.reshape(rows, [n * length, height])
+        table = tf.math.unsorted_segment_sum(
+            flat, tf.reshape(places + start, [n * length]), n * count
+        )
+        return tf.reshape(table, [n, count, height])
+
+    def in_chunks(self, function: Callable[..., Any], operands: Sequence[Any], needed: int) -> Any:
+        is_pair = False
+
+        def some(*operands: Any) -> Any:
+            nonlocal is_pair
+            found = function(*operands)
+            is_pair = isinstance(found, tuple)
+            return tf.stack(found) if is_pair else found
+
+        total = reductions.in_chunks(some, operands, needed)
+        return tuple(tf.unstack(total)) if is_pair else total
+
+    def unless_cancelled(
+        self, total: Any, bound: Any, limit: float, otherwise: Callable[[], Any]
+    ) -> Any:
+        # Not a number compares false, and has cancelled.
+        return tf.cond(
+            bound <= limit * total, lambda: total, lambda: tf.cast(otherwise(), total.dtype)
+        )
+
+    def prefer(
+        self,
+        in_pairs: Callable[..., Any],
+        materialized: Callable[..., Any],  # noqa: ARG002
+        operands: Sequence[Any],
+    ) -> Any:
+        return in_pairs(*operands)
+
+
+ARRAYS = TensorflowArrays()

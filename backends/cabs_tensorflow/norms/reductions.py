@@ -1,0 +1,76 @@
+"""Sums of squares, and the chunks in which examples are taken.
+
+Guarantees: exact up to rounding, summed in float32 or better, and never negative; examples are
+taken a few at a time, since large temporaries cost more than the arithmetic on them; every shape
+that XLA has to know follows from the shapes of what is given.
+
+Sums are over examples, 0-d tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import tensorflow as tf
+
+# Elements of the temporaries that some examples may need at a time: 4 MiB in float32.
+_CHUNK = 2**20
+
+
+def sizes_of(tensor: Any) -> list[Any]:
+    """Return the sizes of a tensor, as integers where they are known."""
+    known = tensor.shape.as_list()
+    dynamic: Any = tf.shape(tensor) if None in known else None
+    return [dynamic[axis] if size is None else size for axis, size in enumerate(known)]
+
+
+def wide(tensor: Any) -> Any:
+    """Return a tensor in single precision, or in double if it is."""
+    return tensor if tensor.dtype == tf.float64 else tf.cast(tensor, tf.float32)
+
+
+def square(tensor: Any) -> Any:
+    """Return the sum of squares of all elements."""
+    # Twice the half of it; the kernel reads the tensor once.
+    return 2.0 * tf.nn.l2_loss(wide(tensor))
+
+
+def sum_type(tensors: Sequence[Any]) -> Any:
+    """Return the type in which squares of tensors are summed."""
+    return tf.float64 if any(one.dtype == tf.float64 for one in tensors) else tf.float32
+
+
+def in_chunks(function: Callable[..., Any], tensors: Sequence[Any], needed: int) -> Any:
+    """Return ``function(*tensors)``, sums over examples, taken some examples at a time.
+
+    Args:
+        function: From tensors of some examples, perhaps none, to sums over them.
+        tensors: Tensors with the examples in front.
+        needed: How many elements the temporaries of an example have.
+    """
+    size: Any = max(1, _CHUNK // max(needed, 1))
+    examples = tensors[0].shape[0]
+    if examples is not None and examples <= size:
+        return function(*tensors)
+    count = tf.shape(tensors[0])[0]
+    # No more chunks than there have to be, and none that is much smaller than the others.
+    size = -(-examples // -(-examples // size)) if examples else tf.minimum(size, count)
+    whole = count // size
+
+    def add(index: Any, total: Any) -> Any:
+        return index + 1, total + function(*(_chunk(one, index, size) for one in tensors))
+
+    rest = function(*(one[whole * size :] for one in tensors))
+    _, total = tf.while_loop(
+        lambda index, _: index < whole, add, (tf.constant(0), rest), parallel_iterations=2
+    )
+    return total
+
+
+def _chunk(tensor: Any, index: Any, size: Any) -> Any:
+    """Return one of the equal parts of a tensor; XLA has to know their size."""
+    rank, known = tensor.shape.rank, size if isinstance(size, int) else None
+    begin = tf.concat([(index * size)[None], tf.zeros([rank - 1], tf.int32)], 0)
+    cut = tf.slice(tensor, begin, tf.stack([size, *[-1] * (rank - 1)]))
+    return tf.ensure_shape(cut, [known, *tensor.shape[1:]])

@@ -1,0 +1,124 @@
+"""The array operations of PyTorch, in which the core computes squared norms.
+
+Guarantees: sums are taken in float32 or better and added up in float64, whatever autocast says;
+examples are taken a few at a time, since the page faults of large temporaries cost more than the
+arithmetic; on a GPU nothing waits for the device. Squares are 0-d float64 tensors, sums over the
+examples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from cabs_torch.norms import reductions
+
+
+class TorchArrays:
+    """The table; ``chunk`` is how many examples to take at a time, by default what 4 MiB allow."""
+
+    # Measured.
+    pair_cost = 0.85
+    symmetric: int | None = 64
+
+    def __init__(self, chunk: int | None = None) -> None:
+        self._chunk = chunk
+
+    def shape(self, array: Tensor) -> tuple[int, ...]:
+        return tuple(array.shape)
+
+    def wide(self, array: Tensor) -> Tensor:
+        return reductions.at_least_single(array)
+
+    def double(self, array: Tensor) -> Tensor:
+        return array.double()
+
+    def contract(self, left: Tensor, right: Tensor, axis: int) -> Tensor:
+        left, right = self.wide(left), self.wide(right)
+        return left.mT @ right if axis == 2 else left @ right.mT
+
+    def squares(self, array: Tensor) -> Tensor:
+        # In double precision, a root would only round.
+        is_double = array.dtype == torch.float64
+        return array.square().sum() if is_double else reductions.square(array)
+
+    def inner(self, left: Tensor, right: Tensor) -> Tensor:
+        # An example's sum in single precision, and those of all in double.
+        product = left.mul_(right) if left.dtype == right.dtype else left * right
+        return product.flatten(1).sum(dim=1).double().sum()
+
+    def row_norms(self, array: Tensor) -> Tensor:
+        dtype = reductions.single_or_double(array)
+        norms: Tensor = torch.linalg.vector_norm(array, dim=(2, 3), dtype=dtype)
+        return norms.double()
+
+    def root_sums(self, left: Tensor, right: Tensor) -> Tensor:
+        terms = left.diagonal(dim1=2, dim2=3) * right.diagonal(dim1=2, dim2=3)
+        return terms.clamp_min(0.0).sqrt().sum(dim=2)
+
+    def reshape(self, array: Tensor, sizes: Sequence[int]) -> Tensor:
+        return array.reshape(len(array), *sizes)
+
+    def transpose(self, array: Tensor, order: Sequence[int]) -> Tensor:
+        return array.permute(0, *(1 + axis for axis in order))
+
+    def part(self, array: Tensor, axis: int, start: int, stop: int) -> Tensor:
+        return array.narrow(axis, start, stop - start)
+
+    def concatenate(self, arrays: Sequence[Tensor], axis: int) -> Tensor:
+        return torch.cat([*arrays], dim=axis)
+
+    def argsort(self, ids: Tensor) -> Tensor:
+        return ids.argsort(dim=1, stable=True)
+
+    def take(self, array: Tensor, places: Tensor) -> Tensor:
+        if array.dim() == 2:
+            return array.gather(1, places)
+        return array.gather(1, places[..., None].expand(-1, -1, array.shape[2]))
+
+    def number(self, ids: Tensor) -> Tensor:
+        return pad((ids[:, 1:] != ids[:, :-1]).long(), (1, 0)).cumsum(dim=1)
+
+    def columns(self, array: Tensor, ids: Tensor) -> Tensor:
+        return array.gather(2, ids[:, None].expand(-1, array.shape[1], -1))
+
+    def scatter(self, places: Tensor, rows: Tensor, count: int) -> Tensor:
+        table = rows.new_zeros(len(rows), count, rows.shape[2])
+        return table.scatter_add_(1, places[..., None].expand_as(rows), rows)
+
+    def in_chunks(
+        self, function: Callable[..., Any], operands: Sequence[Tensor], needed: int
+    ) -> Any:
+        parts = self.parts(len(operands[0]), needed)
+        found = [function(*(one[part] for one in operands)) for part in parts]
+        if len(found) == 1:
+            return found[0]
+        if isinstance(found[0], tuple):
+            return tuple(torch.stack(one).sum() for one in zip(*found, strict=True))
+        return torch.stack(found).sum()
+
+    def parts(self, examples: int, needed: int) -> Iterator[slice]:
+        """Yield slices of examples whose temporaries fit into a chunk."""
+        return reductions.parts(examples, needed, self._chunk)
+
+    def unless_cancelled(
+        self, total: Tensor, bound: Tensor, limit: float, otherwise: Callable[[], Tensor]
+    ) -> Tensor:
+        if not reductions.may_look(total.device):
+            return total.clamp_min(0.0)
+        # Not a number compares false, and has.
+        return total if bool(bound <= limit * total) else otherwise()
+
+    def prefer(
+        self,
+        in_pairs: Callable[..., Tensor],
+        materialized: Callable[..., Tensor],
+        operands: Sequence[Tensor],
+    ) -> Tensor:
+        # In pairs single precision is enough only if terms do not cancel, which has to be looked
+        # at; on a GPU that would wait for the device.
+        return (in_pairs if reductions.may_look(operands[0].device) else materialized)(*operands)

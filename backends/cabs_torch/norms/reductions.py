@@ -1,0 +1,104 @@
+"""Sums of squares, and the chunks in which examples are taken.
+
+Guarantees: exact up to rounding, accumulated in float32 or better, whatever autocast says, and
+never negative; examples are taken a few at a time, since the page faults of large temporaries cost
+more than the arithmetic; on a GPU nothing waits for the device.
+
+Every sum is a 0-d float64 tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import torch
+from torch import Tensor
+
+# Elements of the temporaries that a chunk of examples may need: 4 MiB in float32.
+_CHUNK = 2**20
+
+# Squares summed in single precision before the sum goes on in double.
+_BLOCK = 2048
+
+# Elements up to which squares are summed in double precision at once.
+_SMALL = 2**14
+
+
+_is_traced: ContextVar[bool] = ContextVar("is_traced", default=False)
+
+
+@contextmanager
+def traced() -> Iterator[None]:
+    """Take all examples at once, and look at no values: what is computed here is compiled later."""
+    token = _is_traced.set(True)
+    try:
+        yield
+    finally:
+        _is_traced.reset(token)
+
+
+def is_traced() -> bool:
+    """Return whether what is computed is compiled later, so that there are no values yet."""
+    return _is_traced.get()
+
+
+def may_look(device: torch.device) -> bool:
+    """Return whether values are there to be looked at, without waiting for a device."""
+    return device.type == "cpu" and not is_traced()
+
+
+def parts(examples: int, needed: int, chunk: int | None) -> Iterator[slice]:
+    """Yield slices of examples, of ``chunk``, or of as many as ``needed`` elements each allow."""
+    whole = examples if is_traced() else max(1, _CHUNK // max(needed, 1))
+    size = chunk or whole
+    for start in range(0, examples, size):
+        yield slice(start, min(start + size, examples))
+
+
+def square(tensor: Tensor) -> Tensor:
+    """Return the sum of squares of all elements."""
+    found = roots(tensor)
+    return found[0].square().squeeze(0) if len(found[0]) == 1 else squares_of(found, tensor.device)
+
+
+def roots(tensor: Tensor) -> list[Tensor]:
+    """Return vectors that have together the same sum of squares, but few elements.
+
+    A single sum of ten million float32 squares loses three digits, and is not faster than a sum in
+    double precision of blocks that are summed in single. ``tensor`` can be sparse.
+    """
+    dense = tensor.coalesce().values() if tensor.is_sparse else tensor
+    if dense.numel() <= _SMALL:
+        # Fewer calls matter more than what they do.
+        return [torch.linalg.vector_norm(dense, dtype=torch.float64).reshape(1)]
+    flat = at_least_single(dense).flatten()
+    whole = flat.numel() // _BLOCK * _BLOCK
+    blocks = [torch.linalg.vector_norm(flat[:whole].view(-1, _BLOCK), dim=1)]
+    if whole < flat.numel():
+        blocks.append(torch.linalg.vector_norm(flat[whole:]).reshape(1))
+    return blocks
+
+
+def squares_of(found: Sequence[Tensor], device: torch.device) -> Tensor:
+    """Return the sum of squares of vectors, such as :func:`roots` gives."""
+    if not found:
+        return zero(device)
+    total: Tensor = torch.cat([one.to(device) for one in found]).double().square().sum()
+    return total
+
+
+def zero(device: torch.device) -> Tensor:
+    """Return the sum over nothing."""
+    return torch.zeros((), dtype=torch.float64, device=device)
+
+
+def at_least_single(tensor: Tensor) -> Tensor:
+    """Return the tensor in single precision, or in double if it is."""
+    return tensor.to(single_or_double(tensor))
+
+
+def single_or_double(tensor: Tensor) -> torch.dtype:
+    """Return the precision in which sums over a tensor's elements are taken."""
+    return torch.promote_types(tensor.dtype, torch.float32)

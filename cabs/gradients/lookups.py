@@ -1,0 +1,45 @@
+"""The gradient of a table of which each example takes some rows, some perhaps more than once.
+
+Guarantees: rows that are taken again are added up before they are squared; the table is laid out
+only where it is small.
+"""
+
+from __future__ import annotations
+
+from cabs.gradients.arrays import Array, Arrays, Squares, known
+
+# Rows of a table for each one taken, up to which the table is laid out.
+_SCATTERED = 4
+
+
+def gradient(arrays: Arrays, ids: Array, rows: Array, length: int) -> Array:
+    """Return the gradients, shape (n, length, h)."""
+    return arrays.scatter(ids, arrays.wide(rows), length)
+
+
+def squares(arrays: Arrays, ids: Array, rows: Array, length: int) -> Squares:
+    """Return |g_i|^2.
+
+    Args:
+        arrays: The framework's table.
+        ids: The numbers of the rows, shape (n, T).
+        rows: The cotangents of what was taken, shape (n, T, h).
+        length: How many rows the table has.
+    """
+    _, count, height = arrays.shape(rows)
+    if known(count) and count == 1:
+        return arrays.squares(rows)
+    is_small = known(count) and length <= _SCATTERED * count
+
+    def some(ids: Array, rows: Array) -> Squares:
+        if is_small:
+            return arrays.squares(gradient(arrays, ids, rows, length))
+        order = arrays.argsort(ids)
+        places = arrays.number(arrays.take(ids, order))
+        ordered = arrays.take(arrays.wide(rows), order)
+        return arrays.squares(arrays.scatter(places, ordered, arrays.shape(rows)[1]))
+
+    # As many as an example has at least, where the number is not known.
+    taken = count if known(count) else 1
+    wide = height if known(height) else 1
+    return arrays.in_chunks(some, (ids, rows), min(length, 3 * taken) * wide)

@@ -1,0 +1,89 @@
+"""The gradient of a matrix: an outer product for each position, summed over T of them.
+
+Guarantees: squared norms are exact up to rounding, whether the gradients are materialized or not;
+where terms cancel so much that rounding would show, they are materialized in double precision.
+
+An example's gradient is g = left' right, with left (T, k) what went into the matrix and right
+(T, h) the cotangents of what came out. For T = 1, |g| = |left| |right| (Goodfellow, "Efficient
+Per-Example Gradient Computations", arXiv 1510.01799). Else |g|^2 is the sum over pairs of positions
+of the product of two Gram matrices, the *ghost norm* (Li and others, arXiv 2110.05679), or that of
+the materialized g, whichever is cheaper.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from itertools import pairwise
+
+from cabs.gradients.arrays import Array, Arrays, Squares, known
+
+# How much larger than the sum its terms may be, for every position, before rounding errors show.
+CANCELLING = 64.0
+
+
+def gradient(arrays: Arrays, left: Array, right: Array) -> Array:
+    """Return the gradients, shape (n, E, k, h)."""
+    return arrays.contract(left, right, 2)
+
+
+def squares(arrays: Arrays, left: Array, right: Array) -> Squares:
+    """Return |g_i|^2, summed over E matrices side by side.
+
+    Args:
+        arrays: The framework's table.
+        left: Shape (n, E, T, k).
+        right: Shape (n, E, T, h).
+    """
+    _, blocks, length, width = arrays.shape(left)
+    height = arrays.shape(right)[3]
+    if known(length) and length == 1:
+        return arrays.squares(arrays.row_norms(left) * arrays.row_norms(right))
+    if not known(blocks, length, width, height):
+        return _of_gradient(arrays, left, right)
+    whole = partial(_materialized, arrays, blocks * width * height)
+    if arrays.pair_cost * length * (width + height) >= width * height:
+        return whole(left, right)
+    return arrays.prefer(partial(_in_pairs, arrays, blocks, length), whole, (left, right))
+
+
+def _of_gradient(arrays: Arrays, left: Array, right: Array) -> Squares:
+    return arrays.squares(arrays.contract(left, right, 2))
+
+
+def _materialized(arrays: Arrays, needed: int, left: Array, right: Array) -> Squares:
+    return arrays.in_chunks(partial(_of_gradient, arrays), (left, right), needed)
+
+
+def _in_pairs(arrays: Arrays, blocks: int, length: int, left: Array, right: Array) -> Squares:
+    needed = 2 * blocks * length**2
+    total, bound = arrays.in_chunks(partial(_grams, arrays, length), (left, right), needed)
+
+    def in_double() -> Squares:
+        def some(left: Array, right: Array) -> Squares:
+            return _of_gradient(arrays, arrays.double(left), arrays.double(right))
+
+        size = arrays.shape(left)[3] * arrays.shape(right)[3]
+        return arrays.in_chunks(some, (left, right), 2 * blocks * size)
+
+    return arrays.unless_cancelled(total, bound, CANCELLING * length, in_double)
+
+
+def _grams(arrays: Arrays, length: int, left: Array, right: Array) -> tuple[Squares, Squares]:
+    """Return the sum over pairs of positions, and the square of what bounds its terms' roots."""
+    # The matrices are symmetric: two blocks on the diagonal, and one of the two beside it.
+    halved = arrays.symmetric is not None and length >= arrays.symmetric
+    cuts = (0, length // 2, length) if halved else (0, length)
+    sides = [
+        [arrays.part(one, 2, start, stop) for start, stop in pairwise(cuts)] if halved else [one]
+        for one in map(arrays.wide, (left, right))
+    ]
+    roots, totals = [], []
+    for x, b in zip(*sides, strict=True):
+        grams = [arrays.contract(one, one, 3) for one in (x, b)]
+        # No term of an example is larger than a product of two norms on the diagonal.
+        roots.append(arrays.root_sums(*grams))
+        totals.append(arrays.inner(*grams))
+    if halved:
+        beside = [arrays.contract(first, second, 3) for first, second in sides]
+        totals.append(2.0 * arrays.inner(*beside))
+    return sum(totals[1:], totals[0]), arrays.squares(sum(roots[1:], roots[0]))

@@ -1,0 +1,150 @@
+"""What one operation contributes to the per-example gradients of a parameter.
+
+Guarantees: each term answers two questions, the gradients themselves and the sum of their squared
+norms, without materializing more of them than has to be; the sum of several is told from their
+factors wherever they all meet the parameter as a matrix or as a table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from cabs.gradients import lookups, outer_products, shared_weights
+from cabs.gradients.arrays import Array, Arrays, Squares
+from cabs.gradients.layout import Shape
+
+
+class Term(Protocol):
+    """The gradients of n examples with respect to what an operation took as its parameter."""
+
+    @property
+    def shape(self) -> Shape:
+        """Shape of one gradient."""
+
+    @property
+    def operands(self) -> tuple[Array, ...]:
+        """What the gradients are made of, with the examples in front."""
+
+    def gradient(self, arrays: Any, *operands: Array) -> Array:
+        """Return the gradients of some examples, shape (n, *shape), from their operands."""
+
+    def squares(self, arrays: Any) -> Squares:
+        """Return the squared norms of all examples' gradients."""
+
+
+@dataclass(frozen=True)
+class Materialized:
+    """Gradients that are at hand, shape (n, *shape)."""
+
+    gradients: Array
+    shape: Shape
+
+    @property
+    def operands(self) -> tuple[Array, ...]:
+        return (self.gradients,)
+
+    def gradient(self, arrays: Arrays, *operands: Array) -> Array:
+        return arrays.wide(operands[0])
+
+    def squares(self, arrays: Arrays) -> Squares:
+        return arrays.squares(self.gradients)
+
+
+@dataclass(frozen=True)
+class Product:
+    """Gradients left' right of a matrix, or of E matrices side by side.
+
+    ``left`` has shape (n, E, T, k), ``right`` (n, E, T, h), and the parameter has the axes of E, of
+    k and of h in some order; those in none of them have length one.
+    """
+
+    left: Array
+    right: Array
+    shape: Shape
+    blocks: Shape
+    rows: Shape
+    columns: Shape
+
+    @classmethod
+    def of_matrix(cls, left: Array, right: Array, shape: Shape) -> Product:
+        """Return the gradients of a parameter of shape (k, h) or (E, k, h), or (k,) for h = 1."""
+        rows = max(len(shape) - 2, 0)
+        axes = range(len(shape))
+        return cls(left, right, shape, *(tuple(axes[cut]) for cut in _cuts(rows)))
+
+    @property
+    def operands(self) -> tuple[Array, ...]:
+        return (self.left, self.right)
+
+    def gradient(self, arrays: Arrays, *operands: Array) -> Array:
+        left, right = operands
+        formed = outer_products.gradient(arrays, left, right)
+        order = (*self.blocks, *self.rows, *self.columns)
+        formed = arrays.reshape(formed, [self.shape[axis] for axis in order])
+        if list(order) != sorted(order):
+            formed = arrays.transpose(formed, [order.index(axis) for axis in sorted(order)])
+        return arrays.reshape(formed, self.shape)
+
+    def squares(self, arrays: Arrays) -> Squares:
+        return outer_products.squares(arrays, self.left, self.right)
+
+    def turned(self) -> Product:
+        """Return the same gradients with the sides exchanged."""
+        return Product(self.right, self.left, self.shape, self.blocks, self.columns, self.rows)
+
+    def placed(self, shape: Shape, order: Sequence[int]) -> Product:
+        """Return the same gradients, of a parameter whose axis ``order[k]`` was axis k here."""
+        groups = (self.blocks, self.rows, self.columns)
+        placed = (tuple(order[axis] for axis in group) for group in groups)
+        return Product(self.left, self.right, shape, *placed)
+
+
+def _cuts(rows: int) -> tuple[slice, slice, slice]:
+    return slice(0, rows), slice(rows, rows + 1), slice(rows + 1, None)
+
+
+@dataclass(frozen=True)
+class Lookup:
+    """Gradients of a table of which each example took some rows, some perhaps more than once.
+
+    ``ids`` has shape (n, T), ``rows``, the cotangents of what was taken, (n, T, h), and ``shape``
+    is the table's, (V, ...).
+    """
+
+    ids: Array
+    rows: Array
+    shape: Shape
+
+    @property
+    def operands(self) -> tuple[Array, ...]:
+        return (self.ids, self.rows)
+
+    def gradient(self, arrays: Arrays, *operands: Array) -> Array:
+        ids, rows = operands
+        return arrays.reshape(lookups.gradient(arrays, ids, rows, self.shape[0]), self.shape)
+
+    def squares(self, arrays: Arrays) -> Squares:
+        return lookups.squares(arrays, self.ids, self.rows, self.shape[0])
+
+
+def together(arrays: Arrays, terms: Sequence[Term]) -> Squares | None:
+    """Return the squared norms of the sum of terms, None if factors do not tell them."""
+    taken = [term for term in terms if isinstance(term, Lookup)]
+    products = [term for term in terms if isinstance(term, Product)]
+    if len(taken) + len(products) < len(terms):
+        return None
+    # Lookups decide which side is left.
+    first = (0,) if taken else products[0].rows
+    products = [one if one.rows == first else one.turned() for one in products]
+    kinds = {(one.blocks, one.rows, one.columns, one.shape) for one in products}
+    kinds |= {((), (0,), tuple(range(1, len(one.shape))), one.shape) for one in taken}
+    if len(kinds) > 1:
+        return None
+    return shared_weights.squares(
+        arrays,
+        [(one.left, one.right) for one in products],
+        [(one.ids, one.rows) for one in taken],
+        terms[0].shape[0],
+    )
