@@ -235,17 +235,16 @@ class _Run:
             arrays = [*kept, *cotangents]
             ahead = [at for at, is_batched in enumerate(jax.tree.leaves(batched)) if is_batched]
 
-            def some(*parts: Array) -> Array:
+            def some(*parts: Array) -> tuple[Array, ...]:
                 given = list(arrays)
                 for at, part in zip(ahead, parts, strict=True):
                     given[at] = part
                 axes = [0 if at in ahead else None for at in range(len(given))]
                 pull = jax.vmap(lambda given: found.pull(*given), in_axes=(axes,))
                 pulled = explicit(pull, given)
-                return jnp.stack([reductions.square(pulled[at]) for at in squared], axis=1)
+                return tuple(reductions.square(pulled[at]) for at in squared)
 
-            sums = reductions.in_chunks(some, [arrays[at] for at in ahead], size)
-            return [sums[:, at] for at in range(len(squared))]
+            return [*reductions.in_chunks(some, [arrays[at] for at in ahead], size)]
 
         def backward(kept: Sequence[Any], cotangents: Sequence[Any]) -> list[Any]:
             pulled = found.pull(*kept, *cotangents) if Mode.GRADIENTS in modes else ()
