@@ -70,9 +70,8 @@ class Product:
     @classmethod
     def of_matrix(cls, left: Array, right: Array, shape: Shape) -> Product:
         """Return the gradients of a parameter of shape (k, h) or (E, k, h), or (k,) for h = 1."""
-        rows = max(len(shape) - 2, 0)
-        axes = range(len(shape))
-        return cls(left, right, shape, *(tuple(axes[cut]) for cut in _cuts(rows)))
+        axes, at = tuple(range(len(shape))), max(len(shape) - 2, 0)
+        return cls(left, right, shape, axes[:at], axes[at : at + 1], axes[at + 1 :])
 
     @property
     def operands(self) -> tuple[Array, ...]:
@@ -99,10 +98,6 @@ class Product:
         groups = (self.blocks, self.rows, self.columns)
         placed = (tuple(order[axis] for axis in group) for group in groups)
         return Product(self.left, self.right, shape, *placed)
-
-
-def _cuts(rows: int) -> tuple[slice, slice, slice]:
-    return slice(0, rows), slice(rows, rows + 1), slice(rows + 1, None)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Squared norms of per-example gradients, from inputs and cotangents, on arrays of JAX.
 
 The arithmetic is that of ``cabs.gradients``; here is the table of array operations that it is
-written in, convolutions of any layout.
+written in, and convolutions of any layout.
 Imports the core and the framework alone.
 """

@@ -98,12 +98,8 @@ def call(node: Node, cotangents: Sequence[Tensor | None]) -> list[Tensor | None]
     with _kept(_packed(node)), torch.no_grad():
         if is_own_function(node):
             # As the backward pass does; a function that would take None takes zeros too.
-            cotangents = [
-                _zeros(described) if one is None else one
-                for one, described in zip(cotangents, node._input_metadata, strict=True)
-            ]
             with _no_backward_inside():
-                results = node.apply(*cotangents)
+                results = node.apply(*filled(node, cotangents))
         else:
             results = node(*cotangents)
     given = list(results) if isinstance(results, tuple) else [results]
@@ -116,6 +112,14 @@ def call(node: Node, cotangents: Sequence[Tensor | None]) -> list[Tensor | None]
         # What was broadcast is summed by whoever calls the node.
         None if result is None or edge[0] is None else result.sum_to_size(shape_of(edge))
         for result, edge in zip(given, node.next_functions, strict=True)
+    ]
+
+
+def filled(node: Node, cotangents: Sequence[Tensor | None]) -> list[Tensor]:
+    """Return the cotangents of a node's outputs, with zeros for None."""
+    return [
+        _zeros(described) if one is None else one
+        for one, described in zip(cotangents, node._input_metadata, strict=True)
     ]
 
 

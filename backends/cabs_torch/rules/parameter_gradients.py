@@ -23,7 +23,7 @@ from cabs_torch.norms.bags import Bags
 from cabs_torch.norms.convolution import Convolution
 from cabs_torch.rules.batch_axis import of_input
 from cabs_torch.rules.layout import take
-from cabs_torch.rules.registered import leading, name_of_rule, place_of, rules_of
+from cabs_torch.rules.registered import check_leading, name_of_rule, place_of, rules_of
 from cabs_torch.rules.registered import term as registered_term
 
 
@@ -53,10 +53,10 @@ def enter(
     """
     rules = rules_of(node)
     if rules is not None:
+        check_leading(layout)
         rule = rules.get(place_of(node, index))
         if rule is None:
-            return leading(layout, shape)
-        leading(layout, layout.shape)
+            return layout.leading(shape)
         name, found = name_of_rule(node), partial(registered_term, node, rule, shape)
         return ParameterInput(name, found, of_all_outputs=True)
     find = _RULES.get(name_of(node))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cabs.gradients.layout import Layout, MixedError, Shape
 from cabs.gradients.terms import Materialized, Product, Term
-from cabs_torch.graph.autograd_nodes import Node, readable, zeros_for
+from cabs_torch.graph.autograd_nodes import Node, filled, readable
 
 
 class OuterProduct(NamedTuple):
@@ -98,6 +98,8 @@ def register_rule(function: type | str, parameters: Mapping[int, Rule]) -> None:
 
 def rules_of(node: Node) -> dict[int, Rule] | None:
     """Return the rules that are registered for a node's operation."""
+    if not _rules:
+        return None
     return _rules.get(getattr(node, "_forward_cls", None), _rules.get(node.name()))
 
 
@@ -118,11 +120,10 @@ def place_of(node: Node, index: int) -> int:
     return [at for at, is_wanted in enumerate(wanted) if is_wanted][before]
 
 
-def leading(layout: Layout, shape: Shape) -> Layout:
-    """Return where the examples lie in an input that is the data's."""
+def check_leading(layout: Layout) -> None:
+    """Raise MixedError unless the examples lie along the first axis of an output."""
     if layout.axis() != (0, 1) or layout.shape[0] != layout.examples:
         raise MixedError("has its examples elsewhere than along the first axis, as its rule says")
-    return layout.leading(shape)
 
 
 def term(
@@ -136,9 +137,7 @@ def term(
     """
     if all(one is None for one in cotangents):
         return None
-    # As a backward pass has them.
-    pairs = zip(cotangents, zeros_for(node), strict=True)
-    given = [zero if one is None else one for one, zero in pairs]
+    given = filled(node, cotangents)
     versions = [one._version for one in given]
     with readable(node):
         found = rule(node, *given)
