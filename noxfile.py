@@ -39,6 +39,16 @@ def install(session: nox.Session, *requirements: str, groups: tuple[str, ...] = 
     session.install("--constraint", str(ROOT / "constraints.txt"), *requirements, *wanted)
 
 
+def test_groups(target: str) -> tuple[str, ...]:
+    """Return the dependency groups that the tests of a framework need."""
+    return ("test", f"test-{target}") if f"test-{target}" in GROUPS else ("test",)
+
+
+def of_adapter(target: str) -> tuple[str, ...]:
+    """Return where the tests of an adapter are: its own, and those that all adapters pass."""
+    return f"tests/{target}", "tests/conformance", "--backend", target
+
+
 def run_tests(session: nox.Session, *sources: str) -> None:
     """Run tests, and the examples in the docstrings of packages, in a process for each core."""
     # A process for each core has one thread, or all of them wait for each other.
@@ -61,15 +71,13 @@ def tests(session: nox.Session, target: str) -> None:
         install(session, "-e", ".[plot]", groups=("test",))
         run_tests(session, "tests/core", "cabs")
         return
-    groups = ("test", f"test-{target}") if f"test-{target}" in GROUPS else ("test",)
-    install(session, "-e", f".[{target},examples]", groups=groups)
-    run_tests(session, f"tests/{target}", f"backends/cabs_{target}")
-    run_tests(session, "tests/examples", "--backend", target)
+    install(session, "-e", f".[{target},examples]", groups=test_groups(target))
+    run_tests(session, *of_adapter(target), "tests/examples", f"backends/cabs_{target}")
     if target in OLDEST:
         # Against the newest versions that the constraints pin, and then without them.
         session.install(OLDEST[target])
         libraries = f"--ignore=tests/{target}/test_libraries.py"
-        run_tests(session, f"tests/{target}", libraries)
+        run_tests(session, *of_adapter(target), libraries, "-m", "not slow")
 
 
 @nox.session(reuse_venv=True)
@@ -77,9 +85,8 @@ def quick(session: nox.Session) -> None:
     """Run what is fast of the core's tests and of one adapter's: torch, or ``-- jax``."""
     named = session.posargs[:1]
     target = session.posargs.pop(0) if named and named[0] in FRAMEWORKS else "torch"
-    groups = ("test", f"test-{target}") if f"test-{target}" in GROUPS else ("test",)
-    install(session, "-e", f".[{target},plot]", groups=groups)
-    sources = ("tests/core", f"tests/{target}", "cabs", f"backends/cabs_{target}")
+    install(session, "-e", f".[{target},plot]", groups=test_groups(target))
+    sources = ("tests/core", *of_adapter(target), "cabs", f"backends/cabs_{target}")
     run_tests(session, *sources, "-m", "not slow")
 
 
@@ -118,9 +125,10 @@ def package(session: nox.Session) -> None:
     shutil.copy(ROOT / "pyproject.toml", away)
     session.chdir(away)
     session.run("python", "-c", PROVE_INSTALLED)
-    for tested in ("core", *FRAMEWORKS):
+    run_tests(session, "tests/core")
+    for target in FRAMEWORKS:
         # Each in processes of its own, as users have them.
-        run_tests(session, f"tests/{tested}", f"--ignore=tests/{tested}/test_libraries.py")
+        run_tests(session, *of_adapter(target), f"--ignore=tests/{target}/test_libraries.py")
 
 
 PROVE_INSTALLED = """

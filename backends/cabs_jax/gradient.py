@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from cabs.values.scalars import as_integer
 from cabs_jax.graph import meshes
 from cabs_jax.graph.alone import check_alone
 from cabs_jax.graph.arguments import Arguments, positions_of, read_arguments, trace
@@ -49,8 +50,8 @@ def value_and_grad(
         in_axes: As in ``jax.vmap``, with an entry for each argument: the axis of the examples, or
             None for what they share. By default None for what is differentiated, and 0 for
             everything else. Random keys are split: ``jax.random.split(key, m)``.
-        sample: Over how many examples norms are taken, the first ones; all by default. The
-            estimate stays unbiased, varies more, and can be negative.
+        sample: Over how many examples norms are taken, the first ones, at least 1; all by
+            default. The estimate stays unbiased, varies more, and can be negative.
 
     Returns:
         A function of the same arguments, but batches in place of examples, and of ``mask``: which
@@ -142,8 +143,8 @@ def measure(
     """Run the loss of one example for all of them, forward and backward, and measure."""
     arguments = read_arguments(args, argnums, in_axes)
     examples = arguments.examples
-    if sample is not None and not 1 <= sample <= examples:
-        raise ValueError(f"sample must be in [1, {examples}], got sample = {sample}")
+    if sample is not None:
+        sample = min(as_integer(sample, "sample", 1), examples)
     mask = None if mask is None else jnp.asarray(mask)
     counted = _counted(mask, examples)
     placed, closed, structure = _traced(loss_fn, arguments, has_aux)

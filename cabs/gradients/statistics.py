@@ -14,7 +14,7 @@ from typing import NoReturn
 
 import numpy as np
 
-from cabs.values.scalars import Scalar, as_floats, as_integer
+from cabs.values.scalars import Scalar, as_float, as_floats, as_integer
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,6 +198,23 @@ class GradientStatistics:
         square = sum(as_floats(self.expected_gradient_norm_squared, "gradient_norm_squared"))
         return math.inf if square <= 0.0 else trace / square
 
+    def read(self) -> GradientStatistics:
+        """Return the same as Python numbers, or NumPy arrays of one a parameter group.
+
+        An adapter's statistics have this method too, so that a loop can treat all alike.
+
+        Raises:
+            ValueError: If no gradients can have these numbers, which are looked at now.
+        """
+        return GradientStatistics(
+            self.examples,
+            self.groups,
+            _plain(self.group_square_sum, "group_square_sum"),
+            _plain(self.gradient_norm_squared, "gradient_norm_squared"),
+            self.estimated,
+            None if self.loss is None else as_float(self.loss, "loss"),
+        )
+
     def __add__(self, other: object) -> NoReturn:
         raise TypeError(
             "statistics of batches cannot be added: the squared norm of a mean gradient is not a "
@@ -211,6 +228,12 @@ class GradientStatistics:
 
 # Room for gradients that were rounded to 8 bits before they were squared.
 _ROUNDED = 1.1
+
+
+def _plain(square: Scalar, name: str) -> float | np.ndarray:
+    """Return a float, or an array where there is one number for each parameter group."""
+    numbers = as_floats(square, name)
+    return numbers[0] if len(numbers) == 1 else np.array(numbers)
 
 
 def _is_at_hand(square: Scalar) -> bool:

@@ -171,3 +171,12 @@ def test_impossible_counts_are_refused(arguments, message):
 def test_counts_are_integers():
     with pytest.raises(TypeError, match=r"groups must be an integer, got groups = 2\.5"):
         GradientStatistics(4, 2.5, 1.0, 1.0)
+
+
+def test_what_is_read_is_plain_numbers():
+    read = GradientStatistics(4, 4, np.float32(50.0), np.array(9.0), loss=np.float64(2.0)).read()
+    squares = read.group_square_sum, read.gradient_norm_squared, read.loss
+    assert squares == (50.0, 9.0, 2.0)
+    assert {type(one) for one in squares} == {float}
+    two = GradientStatistics(4, 4, np.array([50.0, 8.0]), np.array([9.0, 1.0])).read()
+    assert two.variance_trace.tolist() == pytest.approx([14 / 3, 4 / 3])

@@ -24,10 +24,6 @@ def module():
         yield importlib.import_module
 
 
-def pytest_addoption(parser):
-    parser.addoption("--backend", choices=BACKENDS, help="only this one, and NumPy")
-
-
 def pytest_ignore_collect(collection_path, config):
     chosen = config.getoption("--backend")
     return True if chosen and ONLY.get(collection_path.name, chosen) != chosen else None

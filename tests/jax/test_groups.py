@@ -58,27 +58,6 @@ def test_microbatches_in_a_scan_add_up(is_exact):
     assert_near(step(PARAMETERS), expected(8 if is_exact else 4))
 
 
-def test_groups_of_different_sizes_are_weighted():
-    sizes = (3, 5)
-    parts, mean = cabs_jax.PartialStatistics.zero(), 0.0
-    rows = gradients_one_by_one(loss_fn, PARAMETERS, BATCH)
-    total = 0.0
-    for part, size in zip((BATCH[:3], BATCH[3:]), sizes, strict=True):
-        gradients = jax.grad(mean_loss(loss_fn))(PARAMETERS, part)
-        parts += cabs_jax.PartialStatistics.of_group(size, gradients)
-        mean = jax.tree.map(lambda g, t, w=size / 8: g * w + t, gradients, mean or _zeros())
-    for start, stop in ((0, 3), (3, 8)):
-        total += (stop - start) * (rows[start:stop].mean(axis=0) ** 2).sum()
-    assert_near(
-        parts.complete(mean),
-        cabs.GradientStatistics(8, 2, total, (rows.mean(axis=0) ** 2).sum()),
-    )
-
-
-def _zeros():
-    return jax.tree.map(jnp.zeros_like, PARAMETERS)
-
-
 def mesh(kind):
     return jax.make_mesh((2,), ("data",), axis_types=(kind,))
 

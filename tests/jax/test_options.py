@@ -8,7 +8,7 @@ import pytest
 import cabs
 import cabs_jax
 from cabs.gradients import outer_products
-from tests.jax.reference import assert_same, draw, gradients_one_by_one
+from tests.jax.reference import assert_same, draw, gradients_one_by_one, mean_loss
 
 PARAMETERS = {"m": draw(0, 4, 3), "v": draw(1, 3)}
 BATCH = draw(2, 8, 5, 4)
@@ -18,20 +18,8 @@ def loss_fn(parameters, rows):
     return jnp.sum(jnp.tanh(rows @ parameters["m"] + parameters["v"]))
 
 
-def test_a_sample_takes_the_norms_of_the_first_examples_and_stays_unbiased():
-    rows = gradients_one_by_one(loss_fn, PARAMETERS, BATCH)
-    measured = jax.jit(cabs_jax.value_and_grad(loss_fn, sample=3))
-    (loss, statistics), gradients = measured(PARAMETERS, BATCH)
-    assert_same(((loss), gradients), jax.jit(_plain)(PARAMETERS, BATCH))
-    expected = (rows[:3] ** 2).sum() * 8 / 3
-    assert float(statistics.group_square_sum) == pytest.approx(expected, rel=1e-5)
-    assert int(statistics.examples) == 8
-
-
-def _plain(parameters, batch):
-    return jax.value_and_grad(lambda p: jnp.mean(jax.vmap(loss_fn, (None, 0))(p, batch)))(
-        parameters
-    )
+def plain(parameters, batch):
+    return jax.value_and_grad(mean_loss(loss_fn))(parameters, batch)
 
 
 @pytest.mark.parametrize("sample", [None, 4])
@@ -74,7 +62,7 @@ def test_what_the_loss_also_gives_is_stacked():
 
     (loss, statistics, aux), _ = cabs_jax.value_and_grad(with_aux, has_aux=True)(PARAMETERS, BATCH)
     assert_same(aux, {"sum": BATCH.sum(axis=(1, 2)), "shape": BATCH}, ulps=8)
-    assert float(loss) == pytest.approx(float(_plain(PARAMETERS, BATCH)[0]))
+    assert float(loss) == pytest.approx(float(plain(PARAMETERS, BATCH)[0]))
     assert isinstance(statistics.read(), cabs.GradientStatistics)
 
 
@@ -86,7 +74,7 @@ def test_several_arguments_are_differentiated_and_others_shared():
     moved = jnp.moveaxis(BATCH, 0, 2).swapaxes(0, 1)
     found = measured(2.0, PARAMETERS["m"], moved, PARAMETERS["v"], None or jnp.zeros(()))
     (loss, statistics), (matrix, vector) = found
-    expected, gradients = _plain(PARAMETERS, BATCH)
+    expected, gradients = plain(PARAMETERS, BATCH)
     np.testing.assert_allclose(loss, 2.0 * expected, rtol=1e-6)
     np.testing.assert_allclose(matrix, 2.0 * gradients["m"], rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(vector, 2.0 * gradients["v"], rtol=1e-5, atol=1e-6)
@@ -99,17 +87,6 @@ def test_pytrees_with_nothing_in_places_are_read():
     (_, statistics), gradients = cabs_jax.value_and_grad(loss_fn)(parameters, BATCH)
     assert gradients["none"] is None
     assert float(statistics.variance_trace) > 0.0
-
-
-def test_statistics_drive_a_controller():
-    (loss, statistics), _ = jax.jit(cabs_jax.value_and_grad(loss_fn))(PARAMETERS, BATCH)
-    controller = cabs.Controller(16)
-    trace = statistics.variance_trace
-    decision = controller.update(learning_rate=0.1, variance_trace=trace, loss=abs(loss))
-    assert not decision.held
-    read = statistics.read()
-    assert (read.examples, read.groups) == (8, 8)
-    assert read.variance_trace == pytest.approx(float(trace), rel=1e-5)
 
 
 @pytest.mark.parametrize("size", [10, 5000])
@@ -168,7 +145,6 @@ def test_verify_finds_a_wrong_rule(monkeypatch):
         (lambda: _call(parameters={}), "must select arguments that hold arrays"),
         (lambda: _call(loss=lambda _, x: x), r"shape \(\), got"),
         (lambda: _call(loss=lambda _, x: jnp.sum(x), has_aux=True), r"a pair \(loss, aux\)"),
-        (lambda: _call(sample=9), r"sample must be in \[1, 8\], got sample = 9"),
         (lambda: _call(in_axes=(0, 0)), "must be None for argument 0"),
         (lambda: _call(in_axes=(None,)), "an entry for each argument"),
         (lambda: _call(mask=jnp.ones(8)), r"booleans of shape \(8,\), got float32"),
@@ -193,16 +169,3 @@ def test_normalization_over_the_batch_is_an_error_that_points_to_groups():
 
     with pytest.raises(ValueError, match=r"batch normalization does.*PartialStatistics"):
         cabs_jax.value_and_grad(normalized)(PARAMETERS, BATCH)
-
-
-def test_a_controller_takes_statistics_as_they_are():
-    (loss, statistics), _ = jax.jit(cabs_jax.value_and_grad(loss_fn))(PARAMETERS, BATCH)
-    parts = [statistics.partial, cabs_jax.PartialStatistics.of_group(2, PARAMETERS)]
-    whole = parts[1].complete(PARAMETERS, loss=loss)
-    for one in (statistics, whole):
-        controller = cabs.Controller(16)
-        decision = controller.update(one, learning_rate=0.1)
-        assert decision.observation.loss == float(loss)
-    assert controller.held_steps == 1  # one group shows no variance
-    with pytest.raises(ValueError, match="loss must be given"):
-        controller.update(parts[1].complete(PARAMETERS), learning_rate=0.1)

@@ -4,8 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 import cabs
 import cabs_jax
@@ -64,53 +62,6 @@ def exact(parameters, pieces, examples):
 
 @pytest.mark.slow
 # At most three at a time: pieces are then of two at least, and one example shows no variance.
-@given(st.integers(0, 99), st.integers(2, 9), st.integers(3, 5), st.booleans())
-@settings(max_examples=12)
-def test_exact_statistics_of_pieces_are_those_of_the_batch(seed, examples, most, is_double):
-    rtol = 1e-10 if is_double else 5e-5
-    with jax.enable_x64(is_double):
-        parameters, batch = drawn(seed, examples)
-        pieces = cabs.split(batch, max_microbatch=most)
-        assert max(len(piece["y"]) for piece in pieces) <= most
-        gradients, statistics = exact(parameters, pieces, examples)
-        found = statistics.read()
-        whole = measured(parameters, batch)[0][1].read()
-    rows = rows_of(parameters, batch)
-    mean = rows.mean(axis=0)
-    assert (found.examples, found.groups) == (examples, examples)
-    assert_near(flat(gradients), mean, rtol)
-    assert_near(found.group_square_sum, np.sum(rows**2), rtol)
-    assert_near(found.gradient_norm_squared, np.sum(mean**2), rtol)
-    # The trace is a difference, and carries the rounding errors of what it is the difference of.
-    slack = rtol * np.sum(rows**2) / (examples - 1)
-    trace = rows.var(axis=0, ddof=1).sum()
-    np.testing.assert_allclose(found.variance_trace, trace, rtol=rtol, atol=slack)
-    # And so they are those of a single call.
-    assert_near(found.group_square_sum, whole.group_square_sum, rtol)
-    assert_near(found.gradient_norm_squared, whole.gradient_norm_squared, rtol)
-
-
-@given(st.integers(0, 99), st.integers(3, 9), st.integers(1, 5))
-@settings(max_examples=12)
-def test_the_group_estimate_of_pieces_is_the_analysis_of_variance(seed, examples, most):
-    most = min(most, examples - 1)
-    sizes = cabs.split(examples, max_microbatch=most)
-    with jax.enable_x64(True):
-        parameters, batch = drawn(seed, examples)
-        parts, total = cabs_jax.PartialStatistics.zero(jnp.float64), None
-        for piece in cabs.split(batch, max_microbatch=most):
-            gradients = plain(parameters, piece)
-            parts += cabs_jax.PartialStatistics.of_group(len(piece["y"]), gradients)
-            total = weighted(total, gradients, len(piece["y"]) / examples)
-        found = parts.complete(total).read()
-    rows = rows_of(parameters, batch)
-    groups = np.split(rows, np.cumsum(sizes)[:-1])
-    deviations = [len(group) * np.sum((group.mean(0) - rows.mean(0)) ** 2) for group in groups]
-    assert (found.examples, found.groups) == (examples, len(sizes))
-    assert found.variance_trace == pytest.approx(sum(deviations) / (len(sizes) - 1), rel=1e-9)
-    assert_near(flat(total), rows.mean(axis=0), 1e-10)
-
-
 def test_replicas_have_the_gradient_and_the_statistics_of_the_batch_together():
     with jax.enable_x64(True):
         parameters, batch = drawn(1, 14)

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-import cabs
 import cabs_tensorflow
 from tests.tensorflow.reference import (
     assert_exact,
@@ -18,34 +17,6 @@ from tests.tensorflow.reference import (
 def losses_and_weight(seed=0):
     weight = variable(seed, 4, 3, name="weight")
     return lambda x: tf.reduce_sum(tf.tanh(x @ weight), axis=1), weight
-
-
-@pytest.mark.parametrize("is_dynamic", [False, True])
-@pytest.mark.parametrize("sample", [1, 3, 6, 50])
-def test_a_sample_stands_for_all_examples(sample, is_dynamic):
-    losses_of, weight = losses_and_weight()
-    batch = tf.constant(draw(1, 6, 4))
-    rows = gradients_one_by_one(losses_of, [weight], batch)
-    _, statistics = measured(losses_of, [weight], batch, sample=sample, is_dynamic=is_dynamic)
-    taken = min(sample, 6)
-    expected = (rows[:taken] ** 2).sum() * 6 / taken
-    np.testing.assert_allclose(statistics.group_square_sum, expected, rtol=1e-12)
-    np.testing.assert_allclose(
-        statistics.gradient_norm_squared, (rows.mean(0) ** 2).sum(), rtol=1e-12
-    )
-    assert (int(statistics.examples), int(statistics.groups)) == (6, 6)
-
-
-def test_a_sample_is_unbiased_over_all_samples():
-    losses_of, weight = losses_and_weight()
-    batch = draw(1, 5, 4)
-    _, whole = measured(losses_of, [weight], tf.constant(batch))
-    traces = [
-        measured(losses_of, [weight], tf.constant(np.roll(batch, shift, axis=0)), sample=2)[1]
-        for shift in range(5)
-    ]
-    found = np.mean([float(one.variance_trace) for one in traces])
-    np.testing.assert_allclose(found, whole.variance_trace, rtol=1e-12)
 
 
 @pytest.mark.parametrize("length", [1, 6, 40])
@@ -122,57 +93,6 @@ def test_a_loop_inside_of_the_function_can_hold_the_step():
     np.testing.assert_allclose(found.variance_trace, rows.var(0, ddof=1).sum(), rtol=1e-10)
 
 
-def test_groups_of_microbatches_give_the_variance_between_them():
-    losses_of, weight = losses_and_weight()
-    batch = draw(1, 7, 4)
-    pieces = [batch[:2], batch[2:5], batch[5:]]
-
-    @tf.function(reduce_retracing=True)
-    def gradient(x):
-        with tf.GradientTape() as tape:
-            loss = tf.reduce_mean(losses_of(x))
-        return tape.gradient(loss, [weight])
-
-    groups = [gradient(tf.constant(piece)) for piece in pieces]
-    parts = cabs_tensorflow.PartialStatistics.zero(tf.float64)
-    for piece, one in zip(pieces, groups, strict=True):
-        parts += cabs_tensorflow.PartialStatistics.of_group(len(piece), one)
-    mean = sum(len(piece) * one[0] for piece, one in zip(pieces, groups, strict=True)) / 7
-    found = parts.complete([mean]).read()
-    spread = [
-        len(piece) * np.sum((one[0] - mean) ** 2) for piece, one in zip(pieces, groups, strict=True)
-    ]
-    assert (found.examples, found.groups) == (7, 3)
-    np.testing.assert_allclose(found.variance_trace, sum(spread) / 2, rtol=1e-9)
-
-
-def test_one_group_shows_no_variance():
-    part = cabs_tensorflow.PartialStatistics.of_group(4, [tf.constant([1.0])])
-    statistics = part.complete([tf.constant([1.0])])
-    assert np.isnan(statistics.variance_trace)
-    assert np.isnan(statistics.read().variance_trace)
-
-
-def test_rows_that_nearly_cancel_are_exact_in_single_precision():
-    # Behind a softmax over positions, cotangents add up to zero over them.
-    weight = variable(0, 64, 64, dtype="float32")
-    x = 100.0 + draw(1, 4, 16, 64, dtype="float32")
-
-    def losses_of(x):
-        scores = tf.reduce_sum(x @ weight, axis=2) / 1e4
-        return tf.reduce_sum(tf.nn.softmax(scores) * tf.range(16.0), axis=1)
-
-    exact = tf.Variable(tf.cast(weight, tf.float64))
-
-    def in_double(x):
-        scores = tf.reduce_sum(tf.cast(x, tf.float64) @ exact, axis=2) / 1e4
-        return tf.reduce_sum(tf.nn.softmax(scores) * tf.range(16.0, dtype=tf.float64), axis=1)
-
-    rows = gradients_one_by_one(in_double, [exact], tf.constant(x))
-    _, statistics = measured(losses_of, [weight], tf.constant(x))
-    np.testing.assert_allclose(statistics.group_square_sum, (rows**2).sum(), rtol=1e-2)
-
-
 def test_large_batches_are_taken_some_examples_at_a_time():
     weight, kernel = variable(0, 400, 300), variable(1, 3, 3, 4, 8)
     assert_exact(
@@ -215,12 +135,6 @@ def test_losses_of_another_form_are_refused(change, error, message):
     losses_of, weight = losses_and_weight()
     with pytest.raises(error, match=message):
         measured(lambda x: change(losses_of(x)), [weight], tf.constant(draw(0, 3, 4)))
-
-
-def test_a_sample_of_nothing_is_refused():
-    losses_of, weight = losses_and_weight()
-    with pytest.raises(ValueError, match="sample must be at least 1, got sample = 0"):
-        measured(losses_of, [weight], tf.constant(draw(0, 3, 4)), sample=0)
 
 
 def test_statistics_are_read_outside_of_the_function():
@@ -299,22 +213,6 @@ def test_a_tensor_that_is_watched_and_what_it_is_made_of_are_refused_together():
 
     with pytest.raises(cabs_tensorflow.UncoveredParameterError, match="made of another one"):
         step(draw(1, 5, 4))
-
-
-def test_a_controller_takes_statistics_as_they_are():
-    losses_of, weight = losses_and_weight()
-    batch = tf.constant(draw(1, 6, 4))
-    (gradient,), statistics = measured(losses_of, [weight], batch)
-    parts = cabs_tensorflow.PartialStatistics.of_group(2, [gradient])
-    parts += cabs_tensorflow.PartialStatistics.of_group(4, [gradient])
-    mean = tf.reduce_mean(losses_of(batch))
-    for one in (statistics, parts.complete([gradient], loss=mean)):
-        controller = cabs.Controller(16)
-        decision = controller.update(one, learning_rate=0.1)
-        assert decision.observation.loss == pytest.approx(float(mean))
-        assert decision.observation.variance_trace == (one.read().variance_trace,)
-    with pytest.raises(ValueError, match="loss must be given"):
-        controller.update(parts.complete([gradient]), learning_rate=0.1)
 
 
 def test_the_mean_of_losses_in_half_precision_does_not_overflow():

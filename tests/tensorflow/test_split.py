@@ -3,8 +3,6 @@
 import numpy as np
 import pytest
 import tensorflow as tf
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 import cabs
 import cabs_tensorflow
@@ -76,49 +74,6 @@ def exact(network, pieces, examples):
         weight = size_of(piece) / examples
         total = [one + weight * other for one, other in zip(total, gradients, strict=True)]
     return total, parts.complete(total).read()
-
-
-@given(st.integers(0, 99), st.integers(2, 11), st.integers(1, 6), st.booleans())
-@settings(max_examples=15)
-def test_exact_statistics_of_pieces_are_those_of_the_batch(seed, examples, most, is_double):
-    network, rtol = (DOUBLE, 1e-10) if is_double else (SINGLE, 5e-5)
-    batch = batch_of(seed, examples, "float64" if is_double else "float32")
-    pieces = cabs.split(batch, max_microbatch=most)
-    assert max(map(size_of, pieces)) <= most
-    gradients, found = exact(network, pieces, examples)
-    rows = network.rows_of(batch)
-    mean = rows.mean(axis=0)
-    assert (found.examples, found.groups) == (examples, examples)
-    assert_near(flat(gradients), mean, rtol)
-    assert_near(found.group_square_sum, np.sum(rows**2), rtol)
-    assert_near(found.gradient_norm_squared, np.sum(mean**2), rtol)
-    # The trace is a difference, and carries the rounding errors of what it is the difference of.
-    slack = rtol * np.sum(rows**2) / (examples - 1)
-    trace = rows.var(axis=0, ddof=1).sum()
-    np.testing.assert_allclose(found.variance_trace, trace, rtol=rtol, atol=slack)
-    # And so they are those of a single call.
-    whole = network.exact(batch)[1].read()
-    assert_near(found.group_square_sum, whole.group_square_sum, rtol)
-    assert_near(found.gradient_norm_squared, whole.gradient_norm_squared, rtol)
-
-
-@given(st.integers(0, 99), st.integers(3, 11), st.integers(1, 5))
-@settings(max_examples=15)
-def test_the_group_estimate_of_pieces_is_the_analysis_of_variance(seed, examples, most):
-    most = min(most, examples - 1)
-    batch, sizes = batch_of(seed, examples), cabs.split(examples, max_microbatch=most)
-    parts, total = cabs_tensorflow.PartialStatistics.zero(tf.float64), [0.0] * 3
-    for piece in cabs.split(batch, max_microbatch=most):
-        gradients = DOUBLE.plain(piece)
-        parts += cabs_tensorflow.PartialStatistics.of_group(size_of(piece), gradients)
-        weight = size_of(piece) / examples
-        total = [one + weight * other for one, other in zip(total, gradients, strict=True)]
-    found, rows = parts.complete(total).read(), DOUBLE.rows_of(batch)
-    groups = np.split(rows, np.cumsum(sizes)[:-1])
-    deviations = [len(group) * np.sum((group.mean(0) - rows.mean(0)) ** 2) for group in groups]
-    assert (found.examples, found.groups) == (examples, len(sizes))
-    assert found.variance_trace == pytest.approx(sum(deviations) / (len(sizes) - 1), rel=1e-9)
-    assert_near(flat(total), rows.mean(axis=0), 1e-10)
 
 
 def test_replicas_have_the_gradient_and_the_statistics_of_the_batch_together():

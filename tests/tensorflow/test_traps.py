@@ -10,18 +10,10 @@ import cabs_tensorflow
 from tests.tensorflow.reference import (
     assert_exact,
     draw,
-    flat,
     gradients_one_by_one,
     measured,
     variable,
 )
-
-
-def test_mean_against_sum_the_gradient_of_an_example_is_m_times_its_share():
-    weight = tf.Variable(1.0)
-    (gradient,), statistics = measured(lambda x: weight * x, [weight], tf.constant([1.0, 2.0, 3.0]))
-    assert float(statistics.group_square_sum) == pytest.approx(1.0 + 4.0 + 9.0)
-    assert (float(statistics.gradient_norm_squared), float(gradient)) == (4.0, 2.0)
 
 
 @pytest.mark.parametrize("scale", [1024.0, 2.0**-8])
@@ -63,23 +55,6 @@ def test_loss_scaling_by_keras_in_half_precision():
     np.testing.assert_allclose(
         weight.numpy(), before - 0.1 * rows.mean(0).reshape(4, 3), rtol=1e-2, atol=1e-3
     )
-
-
-def test_gradient_accumulation_adds_up_to_the_statistics_of_the_whole():
-    weight, batch = variable(0, 4, 3), draw(1, 7, 4)
-
-    def losses_of(x):
-        return tf.reduce_sum(tf.tanh(x @ weight), axis=1)
-
-    (whole,), expected = measured(losses_of, [weight], batch)
-    pieces = [measured(losses_of, [weight], batch[part]) for part in (slice(3), slice(3, 7))]
-    mean = sum(int(s.examples) * g for (g,), s in pieces) / 7
-    np.testing.assert_allclose(mean, whole, rtol=1e-12)
-    found = (pieces[0][1].partial + pieces[1][1].partial).complete([mean])
-    assert int(found.examples) == 7
-    np.testing.assert_allclose(found.variance_trace, expected.variance_trace, rtol=1e-9)
-    with pytest.raises(TypeError, match="cannot be added"):
-        pieces[0][1] + pieces[1][1]
 
 
 def test_frozen_variables_are_left_out():
@@ -144,19 +119,6 @@ def test_grouped_convolutions_are_exact():
     )
 
 
-@pytest.mark.parametrize("rows", [9, 300])
-def test_tied_weights_count_the_cross_terms(rows):
-    table, matrix = variable(0, rows, 20), variable(1, 20, 20)
-
-    def losses_of(ids):
-        hidden = tf.tanh(tf.gather(table, ids) @ matrix)
-        scores = tf.matmul(hidden, table, transpose_b=True)
-        return -tf.reduce_mean(tf.nn.log_softmax(scores)[..., 0], axis=1)
-
-    ids = np.random.default_rng(0).integers(0, 9, (6, 5))
-    assert_exact(losses_of, [table, matrix], ids)
-
-
 def test_dropout_has_the_same_mask_in_both_passes():
     weight = variable(0, 4, 50)
     batch = draw(1, 6, 4)
@@ -176,20 +138,6 @@ def test_dropout_has_the_same_mask_in_both_passes():
     rows = batch[:, :, None] * masks[:, None, :]
     np.testing.assert_allclose(statistics.group_square_sum, (rows**2).sum(), rtol=1e-12)
     np.testing.assert_allclose(gradient, rows.mean(axis=0), rtol=1e-12)
-
-
-def test_the_gradient_of_the_batch_is_no_mean_of_norms():
-    weight, batch = variable(0, 3), draw(1, 8, 3)
-
-    def losses_of(x):
-        return tf.sin(tf.linalg.matvec(x, weight))
-
-    rows = gradients_one_by_one(losses_of, [weight], batch)
-    gradients, statistics = measured(losses_of, [weight], batch)
-    assert float(statistics.gradient_norm_squared) == pytest.approx(
-        (flat(gradients) ** 2).sum(), rel=1e-10
-    )
-    assert float(statistics.variance_trace) == pytest.approx(rows.var(0, ddof=1).sum(), rel=1e-10)
 
 
 def test_slices_of_a_gradient_that_name_a_row_twice_are_added_before_they_are_squared():

@@ -3,7 +3,6 @@
 import gc
 import weakref
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -77,23 +76,6 @@ def test_exact_statistics_of_pieces_are_those_of_the_batch(seed, examples, most,
     whole = cabs_torch.backward(losses_of(model, batch))
     assert_near(found.group_square_sum, whole.group_square_sum, rtol)
     assert_near(found.gradient_norm_squared, whole.gradient_norm_squared, rtol)
-
-
-@given(st.integers(0, 99), st.integers(3, 11), st.integers(1, 5))
-@settings(max_examples=15)
-def test_the_group_estimate_of_pieces_is_the_analysis_of_variance(seed, examples, most):
-    model, batch = draw(seed, examples)
-    sizes = cabs.split(examples, max_microbatch=min(most, examples - 1))
-    accumulation = cabs_torch.Accumulation(model.parameters(), batch_size=examples)
-    for piece in cabs.split(batch, max_microbatch=min(most, examples - 1)):
-        accumulation.backward(losses_of(model, piece).mean(), examples=len(piece["y"]))
-    found = accumulation.complete().read()
-    rows = rows_of(model, batch).numpy()
-    groups = np.split(rows, np.cumsum(sizes)[:-1])
-    deviations = [len(group) * np.sum((group.mean(0) - rows.mean(0)) ** 2) for group in groups]
-    assert (found.examples, found.groups) == (examples, len(sizes))
-    assert found.variance_trace == pytest.approx(sum(deviations) / (len(sizes) - 1), rel=1e-9)
-    assert_near(flat_gradient(model), torch.from_numpy(rows.mean(0)), 1e-10)
 
 
 def test_the_plain_mean_over_unequal_pieces_would_be_another_gradient():

@@ -12,14 +12,6 @@ from tests.torch.models import Residual, cross_entropy, squares
 from tests.torch.reference import assert_exact, gradients_one_by_one
 
 
-def test_mean_against_sum_the_gradient_of_an_example_is_m_times_its_share():
-    layer = nn.Linear(1, 1, bias=False)
-    inputs = torch.tensor([[1.0], [2.0], [3.0]])
-    statistics = cabs_torch.backward(layer(inputs).squeeze(1))
-    assert float(statistics.group_square_sum) == pytest.approx(1.0 + 4.0 + 9.0)
-    assert float(statistics.gradient_norm_squared) == pytest.approx(4.0)
-
-
 def test_gradient_accumulation_the_mean_square_is_of_this_batch_alone():
     torch.manual_seed(0)
     model, inputs, targets = nn.Linear(3, 2), torch.randn(4, 3), torch.randint(2, (4,))
@@ -30,23 +22,6 @@ def test_gradient_accumulation_the_mean_square_is_of_this_batch_alone():
     model.zero_grad()
     cabs_torch.backward(cross_entropy(model(inputs), targets))
     assert torch.equal(accumulated, 2.0 * model.weight.grad)
-
-
-def test_microbatches_add_up_to_the_statistics_of_the_whole_batch():
-    torch.manual_seed(0)
-    model, inputs, targets = nn.Linear(3, 2), torch.randn(7, 3), torch.randint(2, (7,))
-    whole = cabs_torch.backward(cross_entropy(model(inputs), targets))
-    model.zero_grad()
-    parts, gradient = [], 0.0
-    for piece in (slice(0, 3), slice(3, 7)):
-        parts.append(cabs_torch.backward(cross_entropy(model(inputs[piece]), targets[piece])))
-        rows = torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
-        gradient = gradient + rows * (parts[-1].examples / 7)
-        model.zero_grad()
-    merged = (parts[0].partial + parts[1].partial).complete(
-        gradient_norm_squared=gradient.square().sum()
-    )
-    assert float(merged.variance_trace) == pytest.approx(float(whole.variance_trace), rel=1e-5)
 
 
 def test_frozen_parameters_are_left_out():
@@ -74,13 +49,6 @@ def test_dropout_has_the_same_mask_in_both_passes():
     statistics = cabs_torch.backward(losses)
     expected = torch.stack(rows).double().square().sum()
     torch.testing.assert_close(statistics.group_square_sum, expected, rtol=1e-5, atol=0.0)
-
-
-@pytest.mark.parametrize("groups", [1, 2, 6])
-def test_grouped_and_depthwise_convolutions_are_exact(groups):
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(6, 12, 3, groups=groups), nn.Tanh(), nn.Flatten())
-    assert_exact(model, squares, torch.randn(5, 6, 6, 7), torch.randn(5))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -204,14 +172,6 @@ def test_padding_ids_have_no_gradient():
     ).double()
     words = torch.tensor([[2, 2, 2], [0, 2, 0], [1, 1, 1], [2, 4, 3]])
     assert_exact(model, squares, words, torch.randn(4).double())
-
-
-def test_tied_weights_are_added_before_they_are_squared():
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Embedding(6, 4), nn.Tanh(), nn.Linear(4, 6, bias=False)).double()
-    model[2].weight = model[0].weight
-    words = torch.tensor([[0, 1, 0], [2, 2, 2], [5, 4, 3]])
-    assert_exact(model, lambda y, t: squares(y.flatten(1), t), words, torch.randn(3).double())
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
