@@ -302,7 +302,7 @@ def _counted(mask: Any, examples: int, sample: int | None = None) -> Array:
 def _marks(value: Value, leaf: Leaf, marks: Marks) -> Any:
     """Return what came out of the backward pass for one parameter."""
     if leaf.mode is Mode.FACTORS:
-        return [marks.factors[use.join] for use in leaf.uses]
+        return [marks.factors[use.meeting] for use in leaf.uses]
     return (marks.squares if leaf.mode is Mode.SQUARES else marks.gradients)[value]
 
 

@@ -27,7 +27,7 @@ from cabs_jax.graph.program import (
     Status,
     Value,
     known_value,
-    roots_of,
+    sources_of,
     view_of,
 )
 from cabs_jax.graph.vjp import Derivative, derivative
@@ -41,7 +41,7 @@ class Marks:
 
     Args:
         squares: For each parameter measured so, a number.
-        factors: For each join measured so, left and right.
+        factors: For each meeting measured so, left and right.
         gradients: For each input of the scope measured so, an array like it.
     """
 
@@ -93,7 +93,7 @@ class Measurement:
             else:
                 for use, factors in zip(leaf.uses, leaf.factors, strict=True):
                     lengths = tuple(loop.length for loop in factors.loops)
-                    found.factors[use.join] = tuple(
+                    found.factors[use.meeting] = tuple(
                         jax.ShapeDtypeStruct((*lengths, *one.shape), dtype)
                         for one in (factors.left, factors.right)
                     )
@@ -148,9 +148,9 @@ class _Run:
                 outputs = [self.spread(given[0])]
             else:
                 outputs = operation.evaluate(given)
-                if operation.is_join and not all(one.is_certain for one in operation.outputs):
+                if operation.is_meeting and not all(one.is_certain for one in operation.outputs):
                     outputs = [self.spread(output) for output in outputs]
-            if operation.is_join and operation.is_needed:
+            if operation.is_meeting and operation.is_needed:
                 outputs = self.tap(operation, outputs, known, modes, marks)
             known.update(zip(operation.outputs, outputs, strict=True))
         return [known_value(atom, known) for atom in scope.outputs]
@@ -164,38 +164,38 @@ class _Run:
 
     def tap(
         self,
-        join: Operation,
+        meeting: Operation,
         outputs: Sequence[Any],
         known: Mapping[Value, Any],
         modes: Modes,
         marks: Marks,
     ) -> list[Any]:
         """Return the outputs, so that their cotangents are measured."""
-        site = site_of(join)
+        site = site_of(meeting)
         measured = [
-            (at, modes[root].mode, modes[root].leaves)
-            for at, root in enumerate(site.roots)
-            if root in modes
+            (at, modes[source].mode, modes[source].leaves)
+            for at, source in enumerate(site.sources)
+            if source in modes
         ]
         if not measured:
             return list(outputs)
-        real = [at for at, value in enumerate(join.outputs) if value.is_real]
+        real = [at for at, value in enumerate(meeting.outputs) if value.is_real]
         slots: list[Any] = []
         for at, mode, leaves in measured:
             if mode is Mode.SQUARES:
                 slots.append(marks.squares[leaves[0]])
             elif mode is Mode.FACTORS:
-                slots.append(marks.factors[join])
+                slots.append(marks.factors[meeting])
             else:
-                slots.append(marks.gradients[site.roots[at]])
+                slots.append(marks.gradients[site.sources[at]])
         chosen = {mode for _, mode, _ in measured}
         if site.rule is not None and Mode.GRADIENTS not in chosen:
-            kept = tuple(known_value(join.inputs[at], known) for at in site.others)
+            kept = tuple(known_value(meeting.inputs[at], known) for at in site.others)
             backward = self.by_rule(site, *chosen)
         else:
-            found, atoms = self.derivative(join, site, [leaves for _, _, leaves in measured])
+            found, atoms = self.derivative(meeting, site, [leaves for _, _, leaves in measured])
             kept = tuple(known_value(atoms[at], known) for at in found.kept)
-            sizes = sum(root.aval.size for root in site.roots)
+            sizes = sum(source.aval.size for source in site.sources)
             backward = self.by_derivative(found, [(at, mode) for at, mode, _ in measured], sizes)
         tapped = _tap(backward, [outputs[at] for at in real], slots, kept)
         made = list(outputs)
@@ -255,27 +255,27 @@ class _Run:
         return backward
 
     def derivative(
-        self, join: Operation, site: Site, leaves: Sequence[tuple[Value, ...]]
+        self, meeting: Operation, site: Site, leaves: Sequence[tuple[Value, ...]]
     ) -> tuple[Derivative, list[Atom]]:
-        """Return the derivative of what a join does, and what all of its inputs are."""
+        """Return the derivative of an operation, and what all of its inputs are."""
         try:
-            return _derivative(join, site)
+            return _derivative(meeting, site)
         except Exception as error:
             names = [self.measurement.names[leaf] for some in leaves for leaf in some]
-            raise uncovered(names, join.name, error) from error
+            raise uncovered(names, meeting.name, error) from error
 
     def pull(self, operand: Any, known: Mapping[Value, Any], modes: Modes, marks: Marks) -> Any:
         """Return zeros like a value made of parameters, whose cotangent is passed on to them."""
-        roots, makers = roots_of([operand])
+        sources, makers = sources_of([operand])
         if not makers:
             return marks.gradients[operand]
-        site = Site(tuple(roots), tuple(makers))
+        site = Site(tuple(sources), tuple(makers))
         end = Spread(None, (operand,), (Value(operand.aval, Status.EXAMPLE),))
-        leaves = [modes[root].leaves for root in roots]
+        leaves = [modes[source].leaves for source in sources]
         found, atoms = self.derivative(end, site, leaves)
         kept = tuple(known_value(atoms[at], known) for at in found.kept)
-        slots = [marks.gradients[root] for root in roots]
-        measured = [(at, Mode.GRADIENTS) for at in range(len(roots))]
+        slots = [marks.gradients[source] for source in sources]
+        measured = [(at, Mode.GRADIENTS) for at in range(len(sources))]
         like = _like(operand)
         zeros = self.spread(meshes.broadcast(jnp.zeros((), like.dtype), like))
         backward = self.by_derivative(found, measured, operand.aval.size)
@@ -304,7 +304,7 @@ class _Run:
                 operand = operation.operand(at)
                 if not used.get(value):
                     continue
-                outer = [modes[root] for root in roots_of([operand])[0] if root in modes]
+                outer = [modes[source] for source in sources_of([operand])[0] if source in modes]
                 if not outer:
                     continue
                 if view_of(operand) is not None:
@@ -345,9 +345,11 @@ class _Run:
         last = first + params["num_carry"]
         inside = joins_of(body)
         sliced = set(body.inputs[last:])
-        of_all = {root: array for root, array in marks.gradients.items() if root not in sliced}
-        of_one = {root: array for root, array in marks.gradients.items() if root in sliced}
-        factors = {join: pair for join, pair in marks.factors.items() if join in inside}
+        of_all = {
+            source: array for source, array in marks.gradients.items() if source not in sliced
+        }
+        of_one = {source: array for source, array in marks.gradients.items() if source in sliced}
+        factors = {meeting: pair for meeting, pair in marks.factors.items() if meeting in inside}
         keys = list(of_one), list(factors)
 
         def iterate(carry: Any, slices: Any) -> Any:
@@ -385,33 +387,33 @@ def joins_of(scope: Scope) -> set[Operation]:
     """Return where parameters meet the example in a scope and those inside it."""
     found = set()
     for operation in scope.operations:
-        if operation.is_join:
+        if operation.is_meeting:
             found.add(operation)
         elif isinstance(operation, Nested):
             found.update(*map(joins_of, operation.bodies))
     return found
 
 
-def _derivative(join: Operation, site: Site) -> tuple[Derivative, list[Atom]]:
-    """Return the derivative of what a join does, and what all of its inputs are."""
+def _derivative(meeting: Operation, site: Site) -> tuple[Derivative, list[Atom]]:
+    """Return the derivative of an operation, and what all of its inputs are."""
     made = {output for maker in site.makers for output in maker.outputs}
     others = dict.fromkeys(
         atom
-        for operation in (*site.makers, join)
+        for operation in (*site.makers, meeting)
         for atom in operation.inputs
-        if isinstance(atom, Value) and atom not in made and atom not in site.roots
+        if isinstance(atom, Value) and atom not in made and atom not in site.sources
     )
 
-    def function(roots: Sequence[Any], values: Sequence[Any]) -> list[Any]:
-        known = dict(zip([*site.roots, *others], [*roots, *values], strict=True))
-        for operation in (*site.makers, join):
+    def function(sources: Sequence[Any], values: Sequence[Any]) -> list[Any]:
+        known = dict(zip([*site.sources, *others], [*sources, *values], strict=True))
+        for operation in (*site.makers, meeting):
             outputs = operation.evaluate([known_value(atom, known) for atom in operation.inputs])
             known.update(zip(operation.outputs, outputs, strict=True))
-        return [known[value] for value in join.outputs if value.is_real]
+        return [known[value] for value in meeting.outputs if value.is_real]
 
-    cotangents = [_shape(value) for value in join.outputs if value.is_real]
-    found = derivative(function, [*map(_shape, site.roots)], [*map(_shape, others)], cotangents)
-    return found, [*site.roots, *others]
+    cotangents = [_shape(value) for value in meeting.outputs if value.is_real]
+    found = derivative(function, [*map(_shape, site.sources)], [*map(_shape, others)], cotangents)
+    return found, [*site.sources, *others]
 
 
 def _shape(value: Value) -> jax.ShapeDtypeStruct:

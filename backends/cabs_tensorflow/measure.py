@@ -28,28 +28,28 @@ class Measurement:
 
     Args:
         losses: One loss an example, shape (m,).
-        roots: Variables, and tensors that are watched.
+        leaves: Variables, and tensors that are watched.
         sample: Over how many examples norms are taken; all of them if None.
         recorded: Names of the operations that the tape has seen; all of them if None.
 
     Raises:
-        UncoveredParameterError: If the squared norms of a root cannot be had exactly.
+        UncoveredParameterError: If the squared norms of a leaf cannot be computed exactly.
     """
 
     def __init__(
         self,
         losses: Any,
-        roots: Sequence[Any],
+        leaves: Sequence[Any],
         sample: int | None,
         recorded: frozenset[str] | None = None,
     ) -> None:
         graph = losses.graph
-        variables = [root for root in roots if hasattr(root, "handle")]
+        variables = [leaf for leaf in leaves if hasattr(leaf, "handle")]
         handles: dict[str, int] = {}
-        for index, root in enumerate(roots):
-            tensor = graph.capture(root.handle if hasattr(root, "handle") else root)
+        for index, leaf in enumerate(leaves):
+            tensor = graph.capture(leaf.handle if hasattr(leaf, "handle") else leaf)
             handles[tensor.name] = index
-        self.names = [_describe(root) for root in roots]
+        self.names = [_describe(leaf) for leaf in leaves]
         try:
             self._program = Program.read(losses, handles, recorded)
             for operation in self._program.operations:
@@ -78,14 +78,14 @@ class Measurement:
 
     @property
     def rules(self) -> list[str]:
-        """How the gradients of each root are had, in words."""
+        """How the gradients of each leaf are had, in words."""
         found: list[list[str]] = [[] for _ in self.names]
-        for join, source in self._walk.meetings:
-            through = ", pushed on" if self._walk.shared.root_of(source.origin) is None else ""
-            for root in source.roots:
-                found[root].append(join.rule + through)
+        for entered, source in self._walk.meetings:
+            through = ", pushed on" if self._walk.shared.leaf_of(source.origin) is None else ""
+            for leaf in source.leaves:
+                found[leaf].append(entered.rule + through)
         for own in self._walk.own:
-            found[self._own_root(own)].append("an example's own")
+            found[self._own_leaf(own)].append("an example's own")
         return [
             " + ".join(f"{rule} x{n}" if n > 1 else rule for rule, n in Counter(used).items())
             or "no gradient"
@@ -93,7 +93,7 @@ class Measurement:
         ]
 
     def square_sums(self, cotangents: Sequence[Any]) -> list[Any]:
-        """Return for each root the sum over examples of the squared norms, None where it is zero.
+        """Return for each leaf the sum over examples of the squared norms, None where it is zero.
 
         Args:
             cotangents: Those of the targets, None where they are zero.
@@ -102,36 +102,36 @@ class Measurement:
         for name, call in self._program.calls.items():
             self._look_inside(name, call, known)
         terms: dict[int, list[Term]] = defaultdict(list)
-        for join, source in self._walk.meetings:
-            cotangent = known.get(join.target.name)
+        for entered, source in self._walk.meetings:
+            cotangent = known.get(entered.target.name)
             if cotangent is None:
                 continue
             try:
-                term = join.term(self._sizes, self._batch, cotangent)
+                term = entered.term(self._sizes, self._batch, cotangent)
                 found = self._walk.shared.terms(self._batch, source, term)
             except MixedError as problem:
-                raise self._walk.error(join.tensor, join.operation, str(problem)) from None
-            for root, one in found.items():
-                terms[root].append(one)
-        sums = {root: total_squares(some) for root, some in terms.items()}
+                raise self._walk.error(entered.tensor, entered.operation, str(problem)) from None
+            for leaf, one in found.items():
+                terms[leaf].append(one)
+        sums = {leaf: total_squares(some) for leaf, some in terms.items()}
         for own, layout in self._walk.own.items():
-            root = self._own_root(own)
+            leaf = self._own_leaf(own)
             cotangent = known.get(own)
             if cotangent is None:
                 continue
-            if root in sums:
+            if leaf in sums:
                 raise uncovered(
-                    "a source holds a part for each example, and is shared too:", [self.names[root]]
+                    "a source holds a part for each example, and is shared too:", [self.names[leaf]]
                 )
-            sums[root] = reductions.square(self._batch.take(cotangent, layout))
-        return [sums.get(root) for root in range(len(self.names))]
+            sums[leaf] = reductions.square(self._batch.take(cotangent, layout))
+        return [sums.get(leaf) for leaf in range(len(self.names))]
 
     def _find_targets(self) -> dict[str | None, dict[str, Any]]:
         """Return the tensors whose cotangents are needed, by the call that they are copied from."""
-        tensors = [join.target for join, _ in self._walk.meetings]
+        tensors = [entered.target for entered, _ in self._walk.meetings]
         tensors += [self._program.tensors[name] for name in self._walk.own]
         for call in self._program.calls.values():
-            tensors += [one for one in call.outputs if self._program.roots_of(one)]
+            tensors += [one for one in call.outputs if self._program.leaves_of(one)]
         found: dict[str | None, dict[str, Any]] = defaultdict(dict)
         for tensor in tensors:
             found[self._program.owners.get(tensor.op.name)][tensor.name] = tensor
@@ -151,19 +151,19 @@ class Measurement:
         found = tf.gradients(list(copies), list(inside.values()), grad_ys=list(cotangents))
         known.update(zip(inside, found, strict=True))
 
-    def _own_root(self, name: str) -> int:
-        root = self._walk.shared.root_of(self._program.tensors[name])
-        assert root is not None
-        return root
+    def _own_leaf(self, name: str) -> int:
+        leaf = self._walk.shared.leaf_of(self._program.tensors[name])
+        assert leaf is not None
+        return leaf
 
 
-def name_of(root: Any) -> str:
+def name_of(leaf: Any) -> str:
     """Return what a variable is called."""
     # Keras has names that say in which layer a variable is.
-    name = getattr(root, "path", None) or getattr(root, "name", "")
+    name = getattr(leaf, "path", None) or getattr(leaf, "name", "")
     return str(name).removesuffix(":0")
 
 
-def _describe(root: Any) -> str:
-    kind = "variable" if hasattr(root, "handle") else "tensor"
-    return f"{kind} {name_of(root)!r} of shape {tuple(root.shape)}"
+def _describe(leaf: Any) -> str:
+    kind = "variable" if hasattr(leaf, "handle") else "tensor"
+    return f"{kind} {name_of(leaf)!r} of shape {tuple(leaf.shape)}"

@@ -48,11 +48,11 @@ def check_reduced(gradients: Iterable[Any]) -> None:
         )
 
 
-def check_alone(roots: Iterable[Any]) -> None:
+def check_alone(leaves: Iterable[Any]) -> None:
     """Raise ValueError where exact statistics would be those of one replica, or of none.
 
     Args:
-        roots: Variables and tensors.
+        leaves: Variables and tensors.
     """
     _, replicas = replica_here()
     if replicas > 1:
@@ -63,7 +63,7 @@ def check_alone(roots: Iterable[Any]) -> None:
             "on TensorFlow shows"
         )
     if tf.distribute.in_cross_replica_context() and any(
-        isinstance(root, tf.distribute.DistributedValues) for root in roots
+        isinstance(leaf, tf.distribute.DistributedValues) for leaf in leaves
     ):
         raise ValueError(
             "sources must be variables of one replica, got those of a tf.distribute strategy "

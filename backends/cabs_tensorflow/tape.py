@@ -112,16 +112,16 @@ class GradientTape:
             ValueError: If the losses have not shape (m,), with m at least 2, belong to another
                 function, or depend on none of the sources; if ``sample`` is below 1; or in a
                 ``tf.distribute`` strategy of several replicas.
-            UncoveredParameterError: If the statistics of a variable cannot be had exactly; it names
-                the variable and the operation.
+            UncoveredParameterError: If the statistics of a variable cannot be computed exactly;
+                it names the variable and the operation.
         """
         _check(losses, sample)
         flat = tf.nest.flatten(sources)
         check_alone(flat)
-        roots = list({_key(root): root for root in flat}.values())
+        leaves = list({_key(leaf): leaf for leaf in flat}.values())
         seen = self._graph.get_operations()[self._before : self._until]
         recorded = frozenset(operation.name for operation in seen)
-        measurement = Measurement(losses, roots, sample, recorded)
+        measurement = Measurement(losses, leaves, sample, recorded)
         examples = tf.size(losses)
         with tf.GradientTape() as outer:
             # The same operations as in a loop without statistics, so that they round alike.
@@ -132,8 +132,8 @@ class GradientTape:
         seed = outer.gradient(loss, losses)
         found = self._tape.gradient(losses, [*flat, *measurement.targets], output_gradients=seed)
         gradients, cotangents = found[: len(flat)], found[len(flat) :]
-        by_root = {_key(root): one for root, one in zip(flat, gradients, strict=True)}
-        given = [by_root[_key(root)] for root in roots]
+        by_leaf = {_key(leaf): one for leaf, one in zip(flat, gradients, strict=True)}
+        given = [by_leaf[_key(leaf)] for leaf in leaves]
         if all(one is None for one in given):
             raise ValueError(
                 "losses must depend on at least one of the sources; were they computed inside of "
@@ -167,9 +167,9 @@ class GradientTape:
         return tf.nest.pack_sequence_as(sources, gradients), statistics
 
 
-def _key(root: Any) -> int:
+def _key(leaf: Any) -> int:
     """Return what is the same for a variable, and for what Keras makes of it."""
-    return id(root.handle if hasattr(root, "handle") else root)
+    return id(leaf.handle if hasattr(leaf, "handle") else leaf)
 
 
 def _check(losses: Any, sample: int | None) -> None:

@@ -61,32 +61,32 @@ def verify(losses_of: Callable[[Any], Any], batch: Any, variables: Any = None) -
         with tf.GradientTape() as tape:
             losses_of(batch)
         variables = tape.watched_variables()
-    roots = tf.nest.flatten(variables)
+    leaves = tf.nest.flatten(variables)
     rules: list[str] = []
 
     @tf.function(autograph=False)
     def measured() -> list[Any]:
         with tf.GradientTape() as tape:
             losses = losses_of(batch)
-        measurement = Measurement(losses, roots, None)
+        measurement = Measurement(losses, leaves, None)
         cotangents = tape.gradient(losses, measurement.targets)
         rules[:] = measurement.rules
         return [0.0 if one is None else one for one in measurement.square_sums(cotangents)]
 
     squares = [float(one) for one in measured()]
-    expected = [0.0] * len(roots)
+    expected = [0.0] * len(leaves)
     for index in range(examples):
         one = tf.nest.map_structure(lambda tensor, at=index: tensor[at : at + 1], batch)
         with tf.GradientTape() as tape:
             loss = losses_of(one)
-        for at, gradient in enumerate(tape.gradient(loss, roots)):
+        for at, gradient in enumerate(tape.gradient(loss, leaves)):
             if gradient is not None:
                 dense = tf.convert_to_tensor(gradient).numpy().astype(np.float64)
                 expected[at] += float(np.sum(np.square(dense)))
     # Of a gradient that is zero but for rounding, as that of a bias of keys in attention, there is
     # no relative error.
     floor = 1e-7 * max(sum(expected), sum(squares))
-    names = [name_of(root) for root in roots]
+    names = [name_of(leaf) for leaf in leaves]
     return Verification(
         tuple(
             Checked(name, rule, abs(square - exact) / max(exact, floor) if square or exact else 0.0)

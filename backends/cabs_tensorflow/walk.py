@@ -14,14 +14,14 @@ from cabs.gradients.layout import Layout, MixedError
 from cabs_tensorflow.errors import uncovered
 from cabs_tensorflow.graph.program import Program
 from cabs_tensorflow.graph.symbolic_shapes import Sizes
-from cabs_tensorflow.rules.parameter_gradients import Join, enter
+from cabs_tensorflow.rules.parameter_gradients import ParameterInput, enter
 from cabs_tensorflow.rules.parameter_paths import Shared, Source
 
 
 class Meeting(NamedTuple):
     """An operation in which something made of variables meets the batch."""
 
-    join: Join
+    entered: ParameterInput
     source: Source
 
 
@@ -38,16 +38,16 @@ class Walk:
         losses: One loss an example, shape (m,).
         program: What leads to them.
         sizes: The sizes of its tensors.
-        names: What the roots are called.
+        names: What the leaves are called.
 
     Raises:
-        UncoveredParameterError: If the squared norms of a root cannot be had exactly.
+        UncoveredParameterError: If the squared norms of a leaf cannot be computed exactly.
     """
 
     def __init__(self, losses: Any, program: Program, sizes: Sizes, names: Sequence[str]) -> None:
         self.meetings: list[Meeting] = []
         self.own: dict[str, Layout] = {}
-        """By the name of what reads it, where a root holds a part for each example."""
+        """By the name of what reads it, where a leaf holds a part for each example."""
         self.shared = Shared(program, sizes)
         self._program, self._sizes, self._names = program, sizes, names
         self._layouts: dict[str, Layout] = {}
@@ -64,7 +64,7 @@ class Walk:
             for output, tensor in enumerate(operation.outputs)
             if tensor.name in self._layouts
         ]
-        if self._program.root_read_by(operation) is not None and operation.type != "ResourceGather":
+        if self._program.leaf_read_by(operation) is not None and operation.type != "ResourceGather":
             for output, layout in reached:
                 self.own[operation.outputs[output].name] = layout
             return
@@ -75,7 +75,7 @@ class Walk:
                 self._through_custom(operation, output, layout)
             else:
                 for index, tensor in enumerate(operation.inputs):
-                    if self._program.roots_of(tensor):
+                    if self._program.leaves_of(tensor):
                         self._enter(operation, output, layout, index)
 
     def _enter(self, operation: Any, output: int, layout: Layout, index: int) -> None:
@@ -89,7 +89,9 @@ class Walk:
         except MixedError as problem:
             raise self.error(tensor, operation, str(problem)) from None
 
-    def _found(self, operation: Any, output: int, layout: Layout, index: int) -> Layout | Join:
+    def _found(
+        self, operation: Any, output: int, layout: Layout, index: int
+    ) -> Layout | ParameterInput:
         """Return where the examples lie in an input, or how it is joined with them."""
         try:
             if operation.inputs[index].dtype.is_complex:
@@ -116,13 +118,13 @@ class Walk:
                 self._arrive(tensor, inner, operation)
                 continue
             for index, one in enumerate(tensor.op.inputs):
-                if self._program.roots_of(one):
+                if self._program.leaves_of(one):
                     found = self._found(tensor.op, tensor.value_index, inner, index)
-                    if isinstance(found, Join):
+                    if isinstance(found, ParameterInput):
                         raise self.error(one, operation, _HAS_A_GRADIENT)
                     waiting.append((one, found))
         for name, tensor in arguments.items():
-            if self._program.roots_of(tensor) and name not in reached:
+            if self._program.leaves_of(tensor) and name not in reached:
                 raise self.error(tensor, operation, _HAS_A_GRADIENT)
 
     def _arrive(self, tensor: Any, layout: Layout, operation: Any) -> None:
@@ -131,20 +133,20 @@ class Walk:
             raise self.error(tensor, operation, "has its examples in two different orders")
 
     def _close(self) -> None:
-        for name in self._program.roots:
+        for name in self._program.leaves:
             if name in self._layouts:
                 self.own[name] = self._layouts[name]
-        for join, source in self.meetings:
+        for entered, source in self.meetings:
             for tensor in (*source.path, *(one.outputs[0] for one in source.operations)):
                 if tensor.name in self._layouts:
                     problem = "is an example's own in one place, and shared in another"
-                    raise self.error(tensor, join.operation, problem)
+                    raise self.error(tensor, entered.operation, problem)
 
     def error(self, tensor: Any, operation: Any, problem: str) -> UncoveredParameterError:
         """Return the error for what lies behind an operation."""
-        roots = sorted(self._program.roots_of(tensor))
-        verb = "lies" if len(roots) == 1 else "lie"
+        leaves = sorted(self._program.leaves_of(tensor))
+        verb = "lies" if len(leaves) == 1 else "lie"
         return uncovered(
             f"{operation.type} (operation {operation.name!r}) {problem}; behind it {verb}",
-            [self._names[root] for root in roots],
+            [self._names[leaf] for leaf in leaves],
         )

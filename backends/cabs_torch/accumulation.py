@@ -131,10 +131,10 @@ class Accumulation:
         share = examples / self._batch_size
         scaled = loss * share if scaler is None else scaler.scale(loss * share)
         self._scale = 1.0 if scaler is None else scaler.scale(torch.ones_like(loss)).double()
-        roots: list[list[Tensor]] = [[] for _ in range(self._count)]
+        norms: list[list[Tensor]] = [[] for _ in range(self._count)]
         seen: set[int] = set()
         hooks = [
-            node.register_prehook(partial(self._see, roots, seen, parameter))
+            node.register_prehook(partial(self._see, norms, seen, parameter))
             for node, parameter in zip(nodes, trained, strict=True)
         ]
         self._is_broken = True
@@ -148,7 +148,7 @@ class Accumulation:
         self._seen |= seen
         self._loss = self._loss + share * loss.detach().to(self._device, torch.float64)
         self._versions = self._states()
-        summed = self._summed(roots) / (share * self._scale) ** 2
+        summed = self._summed(norms) / (share * self._scale) ** 2
         self._partial += PartialStatistics.of_group(examples, summed)
 
     def complete(self) -> BatchStatistics:
@@ -201,15 +201,15 @@ class Accumulation:
         return [None if one is None else (id(one), one._version) for one in gradients]
 
     def _roots_of_gradients(self) -> list[list[Tensor]]:
-        roots: list[list[Tensor]] = [[] for _ in range(self._count)]
+        norms: list[list[Tensor]] = [[] for _ in range(self._count)]
         for parameter in self._parameters:
             if parameter.grad is not None:
-                roots[self._numbers[id(parameter)]].extend(reductions.roots(parameter.grad))
-        return roots
+                norms[self._numbers[id(parameter)]].extend(reductions.partial_norms(parameter.grad))
+        return norms
 
     def _see(
         self,
-        roots: list[list[Tensor]],
+        norms: list[list[Tensor]],
         seen: set[int],
         parameter: Tensor,
         gradients: tuple[Tensor | None, ...],
@@ -222,8 +222,8 @@ class Accumulation:
                 "checkpoints do; use checkpoints with use_reentrant=False"
             )
         seen.add(id(parameter))
-        roots[self._numbers[id(parameter)]].extend(reductions.roots(gradients[0]))
+        norms[self._numbers[id(parameter)]].extend(reductions.partial_norms(gradients[0]))
 
-    def _summed(self, roots: list[list[Tensor]]) -> Tensor:
-        sums = [reductions.squares_of(some, self._device) for some in roots]
+    def _summed(self, norms: list[list[Tensor]]) -> Tensor:
+        sums = [reductions.squares_of(some, self._device) for some in norms]
         return torch.stack(sums) if self._is_grouped else sums[0]

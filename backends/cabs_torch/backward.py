@@ -65,7 +65,7 @@ def backward(
             ``sample / m``, and it varies more; it can be negative.
         chunk: How many examples' gradients to form at a time, where they are formed only to be
             squared; by default as many as 4 MiB of temporaries allow.
-        uncovered: What to do about parameters whose norms cannot be had exactly. ``"error"``
+        uncovered: What to do about parameters whose norms cannot be computed exactly. ``"error"``
             raises; ``"microbatches"`` estimates their share of the variance from four groups of the
             batch, with a backward pass for each; ``"ignore"`` leaves them out, with a warning once
             and the share of the others in the result's ``measured``.
@@ -91,8 +91,8 @@ def backward(
             pass has used already; if an option is not as described; if nothing is measured, for
             all parameters or for one of the groups; if there are several ranks and it is not said
             that this one's examples are meant.
-        UncoveredParameterError: If a parameter's norms cannot be had exactly; the message names
-            the operation and parameters. Nothing has been computed then.
+        UncoveredParameterError: If a parameter's norms cannot be computed exactly; the message
+            names the operation and parameters. Nothing has been computed then.
         RuntimeError: If gradients of a microbatch are reduced over ranks during the pass.
 
     Example:
@@ -168,8 +168,8 @@ def backward(
         return torch.stack([torch.stack([start, *values]).sum() for values in parts(sums)])
 
     squares = summed(measurement.squares) * (examples / measured_examples) / factor**2
-    roots = [reductions.squares_of(vectors, device) for vectors in parts(measurement.roots)]
-    means = torch.stack(roots) / (factor * examples) ** 2
+    norms = [reductions.squares_of(vectors, device) for vectors in parts(measurement.norms)]
+    means = torch.stack(norms) / (factor * examples) ** 2
     squares, means = squares + summed(estimated[0]), means + summed(estimated[1])
     if wanted is None:
         squares, means = squares.squeeze(0), means.squeeze(0)

@@ -42,8 +42,8 @@ class Measurement:
     def __init__(self, walk: Walk, examples: int, chunk: int | None) -> None:
         self.squares: Sums = defaultdict(list)
         """Over examples, of the norms of their shares of a gradient."""
-        self.roots: Sums = defaultdict(list)
-        """Vectors with the sum of squares of the gradient itself, see :func:`reductions.roots`."""
+        self.norms: Sums = defaultdict(list)
+        """Of the gradient itself, what :func:`reductions.partial_norms` gives."""
         self._examples = examples
         self._chunk, self._arrays = chunk, TorchArrays(chunk)
         self._checkpoints = walk.checkpoints
@@ -52,13 +52,13 @@ class Measurement:
         self._meetings: dict[Node, list[Meeting]] = defaultdict(list)
         for meeting in walk.meetings:
             self._meetings[meeting.node].append(meeting)
-        roots = {meeting.source.root: meeting.source for meeting in walk.meetings}
+        origins = {meeting.source.origin: meeting.source for meeting in walk.meetings}
         self._computed = {
-            root: [leaf for leaf in source.leaves if leaf in set(self._leaves)]
-            for root, source in roots.items()
-            if not is_leaf(root[0])
+            origin: [leaf for leaf in source.leaves if leaf in set(self._leaves)]
+            for origin, source in origins.items()
+            if not is_leaf(origin[0])
         }
-        self._sources = Counter(leaf for source in roots.values() for leaf in source.leaves)
+        self._sources = Counter(leaf for source in origins.values() for leaf in source.leaves)
         self._uses: dict[Edge, list[Use]] = defaultdict(list)
         self._hooks = ExitStack()
         self._is_pushing = False
@@ -68,8 +68,8 @@ class Measurement:
         with ExitStack() as hooks:
             for node, meetings in self._meetings.items():
                 self._watch(hooks, node, partial(self._see, meetings))
-            for root, leaves in self._computed.items():
-                self._watch(hooks, root[0], partial(self._push, root, leaves))
+            for origin, leaves in self._computed.items():
+                self._watch(hooks, origin[0], partial(self._push, origin, leaves))
             for leaf in self._leaves:
                 self._watch(hooks, leaf, partial(self._settle, leaf))
             for node, outputs in self._checkpoints.items():
@@ -88,7 +88,7 @@ class Measurement:
         tensors = [one for one in inputs if isinstance(one, Tensor)]
         walk = Walk(starts, strict=False, inputs=tensors, wanted=self._hidden)
         inside = self._hooks.enter_context(Measurement(walk, self._examples, self._chunk))
-        inside.squares, inside.roots = self.squares, self.roots
+        inside.squares, inside.norms = self.squares, self.norms
 
     def _watch(
         self, hooks: ExitStack, node: Node, see: Callable[[Sequence[Tensor | None]], None]
@@ -114,19 +114,19 @@ class Measurement:
         for meeting in meetings:
             term = meeting.input.term(cotangents, self._examples)
             if term is not None:
-                self._uses[meeting.source.root].append(Use(term, meeting.source.path))
+                self._uses[meeting.source.origin].append(Use(term, meeting.source.path))
 
-    def _push(self, root: Edge, leaves: Sequence[Node], _: Sequence[Tensor | None]) -> None:
+    def _push(self, origin: Edge, leaves: Sequence[Node], _: Sequence[Tensor | None]) -> None:
         """Push each example's gradient through what was computed from parameters alone."""
-        uses = self._uses.pop(root, [])
+        uses = self._uses.pop(origin, [])
         pushed: dict[Node, list[Tensor]] = defaultdict(list)
-        dtype = root[0]._input_metadata[root[1]].dtype
+        dtype = origin[0]._input_metadata[origin[1]].dtype
         self._is_pushing = True
         try:
-            for part in self._arrays.parts(self._examples, math.prod(shape_of(root))):
+            for part in self._arrays.parts(self._examples, math.prod(shape_of(origin))):
                 for row in of_uses(uses, self._arrays, part).to(dtype) if uses else ():
                     gradients: Sequence[Tensor | None] = torch.autograd.grad(
-                        GradientEdge(*root),
+                        GradientEdge(*origin),
                         [GradientEdge(leaf, 0) for leaf in leaves],
                         row,
                         retain_graph=True,
@@ -151,7 +151,7 @@ class Measurement:
         if uses:
             self.squares[leaf].append(total_squares(uses, self._arrays))
         if gradient is not None:
-            self.roots[leaf].extend(reductions.roots(gradient))
+            self.norms[leaf].extend(reductions.partial_norms(gradient))
 
 
 @contextmanager

@@ -121,6 +121,8 @@ def gradient_norm_squared(
         id(one) for group in groups for one in group if one.grad is not None
     )
     device = next(gradient.device for gradients in given for gradient in gradients)
-    roots = [[root for one in gradients for root in reductions.roots(one)] for gradients in given]
-    sums = [reductions.squares_of(some, device) for some in roots]
+    norms = [
+        [norm for one in gradients for norm in reductions.partial_norms(one)] for gradients in given
+    ]
+    sums = [reductions.squares_of(some, device) for some in norms]
     return torch.stack(sums) if isinstance(parameters, torch.optim.Optimizer) else sums[0]

@@ -56,7 +56,7 @@ class Walk:
         wanted: The ids of the parameters that matter; all do if None.
 
     Raises:
-        UncoveredParameterError: If the squared norms of a parameter cannot be had exactly.
+        UncoveredParameterError: If the squared norms of a parameter cannot be computed exactly.
     """
 
     def __init__(
@@ -233,12 +233,12 @@ class Walk:
             yield from walk._all_meetings()
 
     def rules(self) -> dict[int, str]:
-        """Return how each parameter's gradients are had, by its id."""
+        """Return how each parameter's gradients are computed, by its id."""
         found: dict[int, list[str]] = {}
         for meeting in self._all_meetings():
             source, rule = meeting.source, meeting.input.rule
             for leaf in source.leaves:
-                through = "" if is_leaf(source.root[0]) else ", pushed on"
+                through = "" if is_leaf(source.origin[0]) else ", pushed on"
                 found.setdefault(id(leaf.variable), []).append(rule + through)
         return {
             key: " + ".join(f"{rule} x{n}" if n > 1 else rule for rule, n in Counter(used).items())
@@ -254,7 +254,7 @@ class Walk:
         culprit = named or node
         for leaf in (*leaves_behind(culprit), *leaves_behind(node)):
             matters = self._wanted is None or (is_leaf(leaf) and id(leaf.variable) in self._wanted)
-            # What a checkpoint hides cannot be left out, or be had from groups.
+            # What a checkpoint hides cannot be left out, or be estimated from groups.
             if is_reentrant_checkpoint(leaf) or (self._strict and matters):
                 raise _error(culprit, problem)
             self.refused[id(leaf.variable)] = leaf
@@ -268,7 +268,7 @@ def _only(leaves: dict[int, Node], wanted: Container[int]) -> dict[int, Node]:
 def _is_parameter(edge: Edge) -> bool:
     """Return whether an input is a parameter itself, rearranged perhaps."""
     try:
-        return is_leaf(source_of(edge).root[0])
+        return is_leaf(source_of(edge).origin[0])
     except MixedError:
         return False
 

@@ -21,7 +21,7 @@ class Checked:
     name: str
     """What the adapter calls it: its name in a module, or its path in a pytree."""
     rule: str
-    """How its gradients are had; what is the matter if they are not."""
+    """How its gradients are computed; what is the matter if they are not."""
     error: float
     """Relative error of the sum of squared norms; ``nan`` if it is not covered."""
 

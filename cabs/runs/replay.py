@@ -86,7 +86,7 @@ class Replay:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(os.fsdecode(path))
-        # From large blocks a line is had in two thirds of the time.
+        # From large blocks a line takes two thirds of the time.
         self._file = open(self.path, "rb", buffering=1 << 16)  # noqa: SIM115
         try:
             header = self._file.readline()

@@ -1,4 +1,4 @@
-"""Weights of convolutions whose norms are not had from products of matrices."""
+"""Weights of convolutions whose norms are not computed from products of matrices."""
 
 import pytest
 import torch

@@ -17,28 +17,28 @@ Region = tuple[tuple[int, int], ...]
 
 @dataclass(frozen=True)
 class View:
-    """Elements of a root, each of them once.
+    """Elements of a base, each of them once.
 
     Args:
-        root: What is rearranged.
-        region: For each axis of the root, where the elements start and stop.
-        axes: For each axis of the view, which axis of the root it is; None if its length is 1.
-        key: What the axes are axes of: None for the root itself, and otherwise something that
-            stands for an arrangement without such axes, a flattened root for instance.
+        base: What is rearranged.
+        region: For each axis of the base, where the elements start and stop.
+        axes: For each axis of the view, which axis of the base it is; None if its length is 1.
+        key: What the axes are axes of: None for the base itself, and otherwise something that
+            stands for an arrangement without such axes, a flattened base for instance.
     """
 
-    root: Any
+    base: Any
     region: Region
     axes: tuple[int | None, ...]
     key: Any = None
 
     @classmethod
-    def whole(cls, root: Any, shape: Sequence[int]) -> View:
-        """Return the view of a root that is the root."""
-        return cls(root, tuple((0, size) for size in shape), tuple(range(len(shape))))
+    def whole(cls, base: Any, shape: Sequence[int]) -> View:
+        """Return the view of a base that is the base."""
+        return cls(base, tuple((0, size) for size in shape), tuple(range(len(shape))))
 
     def overlaps(self, other: View) -> bool:
-        """Return whether some element is in both; views of the same root."""
+        """Return whether some element is in both; views of the same base."""
         return all(
             start < other_stop and other_start < stop
             for (start, stop), (other_start, other_stop) in zip(
@@ -47,11 +47,11 @@ class View:
         )
 
     def within(self, outer: View, skipped: int = 0) -> View:
-        """Return what this view of another view is of the other's root.
+        """Return what this view of another view is of the other's base.
 
         Args:
-            outer: The view that is this one's root.
-            skipped: How many of its first axes this one's root does not have: 1 for a slice.
+            outer: The view that is this one's base.
+            skipped: How many of its first axes this one's base does not have: 1 for a slice.
         """
         axes = outer.axes[skipped:]
         region = (
@@ -59,10 +59,10 @@ class View:
         )
         if self.key is None:
             placed = tuple(None if axis is None else axes[axis] for axis in self.axes)
-            # Without the root's axes, a part of an arrangement is an arrangement of its own.
+            # Without the base's axes, a part of an arrangement is an arrangement of its own.
             key = None if outer.key is None else (outer.key, self.region)
-            return View(outer.root, region, placed, key)
-        return View(outer.root, region, self.axes, (outer.key, self.region, self.key))
+            return View(outer.base, region, placed, key)
+        return View(outer.base, region, self.axes, (outer.key, self.region, self.key))
 
 
 def views_of(

@@ -1,7 +1,7 @@
 """The loss of one example, as a program in which parameters meet the example.
 
 Guarantees: every value is known to depend on the example, on parameters alone, or on neither; every
-operation where the two meet is a :class:`Join`, and jitted functions, checkpoints, loops and
+operation where the two meet is a :class:`Meeting`, and jitted functions, checkpoints, loops and
 branches are entered wherever parameters go into them. Nothing is computed here.
 """
 
@@ -58,11 +58,11 @@ class Operation:
     debug_info: Any = None
     is_needed: bool = field(default=False, init=False)
     """Whether the gradient of the loss goes through it."""
-    is_join: bool = field(default=False, init=False)
+    is_meeting: bool = field(default=False, init=False)
     """Whether parameters meet the example in it, so that it is where they are measured."""
 
     def __post_init__(self) -> None:
-        self.is_join = isinstance(self, (Join, Spread))
+        self.is_meeting = isinstance(self, (Meeting, Spread))
 
     @property
     def name(self) -> str:
@@ -89,7 +89,7 @@ class Operation:
         return found
 
 
-class Join(Operation):
+class Meeting(Operation):
     """An operation in which parameters meet the example."""
 
 
@@ -166,16 +166,16 @@ def is_parameter(atom: Atom) -> bool:
     return status_of(atom) is Status.PARAMETER
 
 
-def roots_of(values: Sequence[Atom]) -> tuple[list[Value], list[Operation]]:
+def sources_of(values: Sequence[Atom]) -> tuple[list[Value], list[Operation]]:
     """Return the inputs of the scope that values are made of, and the operations that make them."""
-    roots: dict[Value, None] = {}
+    sources: dict[Value, None] = {}
     makers: dict[Operation, None] = {}
 
     def visit(atom: Atom) -> None:
         if not isinstance(atom, Value) or atom.status is not Status.PARAMETER:
             return
         if atom.maker is None:
-            roots[atom] = None
+            sources[atom] = None
         elif atom.maker not in makers:
             for one in atom.maker.inputs:
                 visit(one)
@@ -183,7 +183,7 @@ def roots_of(values: Sequence[Atom]) -> tuple[list[Value], list[Operation]]:
 
     for value in values:
         visit(value)
-    return list(roots), list(makers)
+    return list(sources), list(makers)
 
 
 def read(closed: ClosedJaxpr, statuses: Sequence[Status]) -> Scope:
@@ -254,7 +254,7 @@ class _Reader:
         self, equation: JaxprEqn, inputs: tuple[Atom, ...], operations: list[Operation]
     ) -> None:
         found = {status_of(atom) for atom in inputs}
-        kind = Join if _is_mixed(inputs) else Operation
+        kind = Meeting if _is_mixed(inputs) else Operation
         operation = kind(equation, inputs, debug_info=self.debug_info)
         operations.append(operation)
         if Status.EXAMPLE in found:
@@ -287,7 +287,7 @@ class _Reader:
             if isinstance(atom, Value)
         }
         views = (view_of(atom) for atom in body.outputs)
-        around = ((view, view and outer[view.root]) for view in views)
+        around = ((view, view and outer[view.base]) for view in views)
         return [view and above and view.within(above) for view, above in around]
 
     def finish(

@@ -1,4 +1,4 @@
-"""The derivative of what a join does, for one example.
+"""The vector-Jacobian product of one operation, for one example.
 
 Guarantees: it is JAX's own; it keeps of the forward pass only what it needs.
 """
@@ -27,24 +27,24 @@ class Derivative:
 
 def derivative(
     function: Callable[[Sequence[Any], Sequence[Any]], Sequence[Any]],
-    roots: Sequence[Any],
+    sources: Sequence[Any],
     others: Sequence[Any],
     cotangents: Sequence[Any],
 ) -> Derivative:
-    """Return the derivative of a function with respect to its roots.
+    """Return the derivative of a function with respect to its sources.
 
     Args:
-        function: From roots and others to outputs.
-        roots: Shapes and types of what is differentiated.
+        function: From sources and others to outputs.
+        sources: Shapes and types of what is differentiated.
         others: Shapes and types of what else goes in.
         cotangents: Those of the outputs.
     """
 
-    def backward(roots: Any, others: Any, cotangents: Any) -> Any:
-        _, pull = jax.vjp(lambda roots: tuple(function(roots, others)), tuple(roots))
+    def backward(sources: Any, others: Any, cotangents: Any) -> Any:
+        _, pull = jax.vjp(lambda sources: tuple(function(sources, others)), tuple(sources))
         return pull(tuple(cotangents))[0]
 
-    closed = jax.make_jaxpr(backward)(tuple(roots), tuple(others), tuple(cotangents))
+    closed = jax.make_jaxpr(backward)(tuple(sources), tuple(others), tuple(cotangents))
     jaxpr = closed.jaxpr
     needed = {atom for atom in jaxpr.outvars if isinstance(atom, Var)}
     kept = []
@@ -53,7 +53,7 @@ def derivative(
             continue
         kept.append(equation)
         needed.update(atom for atom in equation.invars if not isinstance(atom, Literal))
-    inputs = jaxpr.invars[: len(roots) + len(others)]
+    inputs = jaxpr.invars[: len(sources) + len(others)]
     positions = tuple(at for at, variable in enumerate(inputs) if variable in needed)
     taken = [*(inputs[at] for at in positions), *jaxpr.invars[len(inputs) :]]
     lean = Jaxpr(

@@ -21,7 +21,7 @@ from cabs_jax.graph.program import (
     aval_of,
     is_parameter,
     known_value,
-    roots_of,
+    sources_of,
     status_of,
 )
 from cabs_jax.norms import reductions
@@ -33,8 +33,8 @@ _LARGE = 2**12
 def separate(scope: Scope) -> list[tuple[Atom, float]]:
     """Return the parts of the loss made of parameters alone, and their signs.
 
-    What adds them to the loss is no longer a join of the scope. Those of small parameters stay:
-    there the sum of squares is had from the squares themselves.
+    What adds them to the loss is no longer an operation of the scope. Those of small
+    parameters stay: there the sum of squares is computed from the squares themselves.
     """
     used: dict[Atom, int] = {}
     for operation in scope.operations:
@@ -58,13 +58,13 @@ def separate(scope: Scope) -> list[tuple[Atom, float]]:
                 open_ends.append((one, signed))
             elif is_parameter(one) and _is_large(one) and _is_free(one):
                 found.append((one, signed))
-                maker.is_join = False
+                maker.is_meeting = False
     return found
 
 
 def _is_large(atom: Atom) -> bool:
     """Return whether it costs much to form what a value is made of for each example."""
-    return any(aval_of(root).size >= _LARGE for root in roots_of([atom])[0])
+    return any(aval_of(source).size >= _LARGE for source in sources_of([atom])[0])
 
 
 def _is_free(atom: Atom) -> bool:

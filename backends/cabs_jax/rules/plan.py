@@ -1,4 +1,4 @@
-"""How the squared norm of each parameter's gradient is had.
+"""How the squared norm of each parameter's gradient is computed.
 
 Guarantees: norms of several uses of a parameter are added only where the uses share no element, or
 no example takes both; otherwise their gradients are added before they are squared.
@@ -25,7 +25,7 @@ from cabs_jax.graph.program import (
     Value,
     aval_of,
     is_parameter,
-    roots_of,
+    sources_of,
     view_of,
 )
 from cabs_jax.rules.parameter_gradients import Axes, Dot, Lookup, Rule, rule_for
@@ -59,7 +59,7 @@ class Loop:
 class Use:
     """An operation in which a parameter, or what is made of it, meets the example."""
 
-    join: Operation
+    meeting: Operation
     view: View | None
     """What of the parameter the operation sees; None if something was computed from it."""
     is_across: bool = False
@@ -85,31 +85,31 @@ class Use:
 
 @dataclass(frozen=True)
 class Site:
-    """What a join does with what it is made of."""
+    """How an operation makes use of the parameters that meet the example in it."""
 
-    roots: tuple[Value, ...]
+    sources: tuple[Value, ...]
     """The inputs of the scope that come together in it."""
     makers: tuple[Operation, ...]
-    """How they do, before the join."""
+    """What makes its operands of them."""
     rule: Rule | None = None
     others: tuple[int, ...] = ()
     """Where the operation has what the rule takes."""
 
 
-def site_of(join: Operation) -> Site:
-    """Return what a join does."""
-    operands = [at for at, atom in enumerate(join.inputs) if is_parameter(atom)]
-    roots, makers = roots_of([join.inputs[at] for at in operands])
-    if len(operands) == 1 and join.equation is not None:
+def site_of(meeting: Operation) -> Site:
+    """Return how an operation makes use of parameters."""
+    operands = [at for at, atom in enumerate(meeting.inputs) if is_parameter(atom)]
+    sources, makers = sources_of([meeting.inputs[at] for at in operands])
+    if len(operands) == 1 and meeting.equation is not None:
         (at,) = operands
-        if view_of(join.inputs[at]) is not None:
+        if view_of(meeting.inputs[at]) is not None:
             rule = rule_for(
-                join.name, join.equation.params, [atom.aval for atom in join.inputs], at
+                meeting.name, meeting.equation.params, [atom.aval for atom in meeting.inputs], at
             )
             if rule is not None:
                 others = () if rule.other is None else (rule.other,)
-                return Site(tuple(roots), tuple(makers), rule, others)
-    return Site(tuple(roots), tuple(makers))
+                return Site(tuple(sources), tuple(makers), rule, others)
+    return Site(tuple(sources), tuple(makers))
 
 
 def uses_of(scope: Scope) -> dict[Value, list[Use]]:
@@ -122,13 +122,13 @@ def uses_of(scope: Scope) -> dict[Value, list[Use]]:
             continue
         if isinstance(operation, Nested):
             for branch, body in enumerate(operation.bodies):
-                for root, uses in uses_of(body).items():
-                    _lift(operation, branch, body, root, uses, found)
-        elif operation.is_join:
+                for source, uses in uses_of(body).items():
+                    _lift(operation, branch, body, source, uses, found)
+        elif operation.is_meeting:
             operands = [atom for atom in operation.inputs if is_parameter(atom)]
-            for root in roots_of(operands)[0]:
+            for source in sources_of(operands)[0]:
                 view = view_of(operands[0]) if len(operands) == 1 else None
-                found[root].append(Use(operation, view))
+                found[source].append(Use(operation, view))
     return found
 
 
@@ -136,12 +136,12 @@ def _lift(
     operation: Nested,
     branch: int,
     body: Scope,
-    root: Value,
+    source: Value,
     uses: Sequence[Use],
     found: dict[Value, list[Use]],
 ) -> None:
     """Add what is known of an input of a body to what is known of the inputs around it."""
-    at = body.inputs.index(root)
+    at = body.inputs.index(source)
     operand = operation.operand(at)
     around = frozenset({(operation, branch)}) if len(operation.bodies) > 1 else frozenset()
     skipped = 0
@@ -155,8 +155,8 @@ def _lift(
     for use in uses:
         branches = use.branches | around
         if view is None:
-            for outer in roots_of([operand])[0]:
-                found[outer].append(Use(use.join, None, True, loops + use.loops, branches))
+            for outer in sources_of([operand])[0]:
+                found[outer].append(Use(use.meeting, None, True, loops + use.loops, branches))
             continue
         inside = tuple(
             loop
@@ -165,11 +165,11 @@ def _lift(
             for loop in use.loops
         )
         composed = use.view and use.view.within(view, skipped)
-        found[view.root].append(Use(use.join, composed, use.is_across, loops + inside, branches))
+        found[view.base].append(Use(use.meeting, composed, use.is_across, loops + inside, branches))
 
 
 def _axis(view: View | None, at: int) -> int:
-    """Return which axis of its root an axis of a view is."""
+    """Return which axis of its source an axis of a view is."""
     axis = None if view is None or view.key is not None else view.axes[at]
     return _OTHER if axis is None else axis
 
@@ -209,7 +209,7 @@ def known(axes: Iterable[int | None]) -> frozenset[int]:
 
 def _factors(use: Use) -> Factors | None:
     """Return the factors of a use's gradient, if it has some."""
-    rule = site_of(use.join).rule
+    rule = site_of(use.meeting).rule
     if not isinstance(rule, (Dot, Lookup)) or use.view is None or use.is_across:
         return None
     if any(loop.axis == _OTHER for loop in use.loops):
@@ -219,11 +219,11 @@ def _factors(use: Use) -> Factors | None:
         return None
     if isinstance(rule, Lookup) and rule.length > _COUNTED:
         return None
-    (output,) = use.join.outputs
+    (output,) = use.meeting.outputs
     left, right = jax.eval_shape(
         lambda other, cotangents: rule.factors([other], cotangents),
         jax.ShapeDtypeStruct(
-            aval_of(use.join.inputs[rule.other]).shape,
+            aval_of(use.meeting.inputs[rule.other]).shape,
             jnp.int32 if isinstance(rule, Lookup) else jnp.float32,
         ),
         jax.ShapeDtypeStruct(output.aval.shape, jnp.float32),
@@ -245,8 +245,8 @@ class Leaf:
         """What is done at each use, in words."""
         names: dict[str, None] = {}
         for use in self.uses:
-            rule = site_of(use.join).rule if self.mode is not Mode.GRADIENTS else None
-            names[rule.name if rule else f"formed at {use.join.name}"] = None
+            rule = site_of(use.meeting).rule if self.mode is not Mode.GRADIENTS else None
+            names[rule.name if rule else f"formed at {use.meeting.name}"] = None
         return " + ".join(names) or "no gradient"
 
 

@@ -37,56 +37,57 @@ class Call(NamedTuple):
 
 @dataclass
 class Program:
-    """Operations between some roots and the losses.
+    """Operations between some leaves and the losses.
 
     Args:
-        roots: Names of the tensors that stand for roots: a variable's handle, or a watched tensor.
+        leaves: Names of the tensors that are differentiated: a variable's handle, or one that is
+            watched.
         recorded: Names of the operations that the tape has seen; all of them if None.
     """
 
-    roots: Mapping[str, int]
+    leaves: Mapping[str, int]
     recorded: frozenset[str] | None = None
     operations: list[Any] = field(default_factory=list)
     """In an order in which each comes after those that it depends on."""
     behind: dict[str, frozenset[int]] = field(default_factory=dict)
-    """By a tensor's name, the roots that its gradient goes to."""
+    """By a tensor's name, the leaves that its gradient goes to."""
     calls: dict[str, Call] = field(default_factory=dict)
     """By the operation's name."""
     tensors: dict[str, Any] = field(default_factory=dict)
-    """By their names, the tensors of these operations, and the roots themselves."""
+    """By their names, the tensors of these operations, and the leaves themselves."""
     owners: dict[str, str] = field(default_factory=dict)
     """By the names of operations that were copied, that of the call."""
 
     @classmethod
     def read(
-        cls, losses: Any, roots: Mapping[str, int], recorded: frozenset[str] | None
+        cls, losses: Any, leaves: Mapping[str, int], recorded: frozenset[str] | None
     ) -> Program:
         """Return the program of losses.
 
         Raises:
-            MixedError: If a root is made of another one, or a function cannot be laid open.
+            MixedError: If a leaf is made of another one, or a function cannot be laid open.
         """
-        program = cls(roots, recorded)
+        program = cls(leaves, recorded)
         program._extend([losses])
-        if any(name in program.behind and program.behind[name] for name in roots):
+        if any(name in program.behind and program.behind[name] for name in leaves):
             raise MixedError("a tensor that is watched is made of another one of the sources")
         return program
 
-    def roots_of(self, tensor: Any) -> frozenset[int]:
-        """Return the roots that a tensor's gradient goes to."""
-        if tensor.name in self.roots:
-            return frozenset({self.roots[tensor.name]})
+    def leaves_of(self, tensor: Any) -> frozenset[int]:
+        """Return the leaves that a tensor's gradient goes to."""
+        if tensor.name in self.leaves:
+            return frozenset({self.leaves[tensor.name]})
         return self.behind.get(tensor.name, frozenset())
 
-    def root_read_by(self, operation: Any) -> int | None:
-        """Return the root that an operation reads, if it does."""
+    def leaf_read_by(self, operation: Any) -> int | None:
+        """Return the leaf that an operation reads, if it does."""
         if operation.type in READS:
-            return self.roots.get(operation.inputs[0].name)
+            return self.leaves.get(operation.inputs[0].name)
         return None
 
     def _extend(self, outputs: Sequence[Any], owner: str | None = None) -> None:
         for operation in ancestors(outputs):
-            behind: frozenset[int] = frozenset().union(*map(self.roots_of, operation.inputs))
+            behind: frozenset[int] = frozenset().union(*map(self.leaves_of, operation.inputs))
             if not behind or operation.type in _STOPPING:
                 continue
             if owner is None and self.recorded is not None and operation.name not in self.recorded:
@@ -99,7 +100,7 @@ class Program:
                 call = Call(tuple(operation.outputs), copies)
                 self.calls[operation.name] = call
                 for output, copy in zip(*call, strict=True):
-                    self.behind[output.name] = self.roots_of(copy)
+                    self.behind[output.name] = self.leaves_of(copy)
             elif operation.outputs and operation.outputs[0].name not in self.behind:
                 for output in operation.outputs:
                     is_passed = output.dtype.is_floating or output.dtype.is_complex

@@ -25,7 +25,7 @@ from cabs_tensorflow.rules.layout import Batch
 
 
 @dataclass(frozen=True)
-class Join:
+class ParameterInput:
     """An input of an operation that is the same for all examples.
 
     Args:
@@ -52,19 +52,21 @@ class Join:
 
     @property
     def rule(self) -> str:
-        """How the gradients are had, in a word."""
+        """How the gradients are computed, in a word."""
         return _NAMES[self.operation.type]
 
     def term(self, sizes: Sizes, batch: Batch, cotangent: Any) -> Term:
         """Return the gradients.
 
         Raises:
-            MixedError: If they cannot be had for these operands.
+            MixedError: If they cannot be computed for these operands.
         """
         return _RULES[self.operation.type](_Meeting(self, sizes, batch, cotangent))
 
 
-def enter(operation: Any, sizes: Sizes, output: int, layout: Layout, index: int) -> Layout | Join:
+def enter(
+    operation: Any, sizes: Sizes, output: int, layout: Layout, index: int
+) -> Layout | ParameterInput:
     """Return where the examples lie in an operation's input, or how it is joined with them.
 
     Raises:
@@ -81,16 +83,16 @@ def enter(operation: Any, sizes: Sizes, output: int, layout: Layout, index: int)
         raise MixedError("takes the same tensor twice")
     if operation.type not in _RULES:
         raise MixedError("has no rule for what is the same for all examples")
-    return Join(operation, output, layout, index)
+    return ParameterInput(operation, output, layout, index)
 
 
 class _Meeting:
-    """A join, and the cotangent of its output."""
+    """A parameter's input, and the cotangent of the operation's output."""
 
-    def __init__(self, join: Join, sizes: Sizes, batch: Batch, cotangent: Any) -> None:
-        self.join, self.sizes, self.batch, self.cotangent = join, sizes, batch, cotangent
-        self.operation, self.layout, self.index = join.operation, join.layout, join.index
-        self.shape: Shape = sizes.shape(join.tensor)
+    def __init__(self, entered: ParameterInput, sizes: Sizes, batch: Batch, cotangent: Any) -> None:
+        self.input, self.sizes, self.batch, self.cotangent = entered, sizes, batch, cotangent
+        self.operation, self.layout, self.index = entered.operation, entered.layout, entered.index
+        self.shape: Shape = sizes.shape(entered.tensor)
 
     def taken(self) -> Any:
         """Return the examples' parts of the cotangent, shape (n, *one)."""
@@ -98,9 +100,9 @@ class _Meeting:
 
     def other(self, index: int) -> Any:
         """Return the examples' parts of another input, aligned with those of the cotangent."""
-        join = self.join
+        entered = self.input
         tensor = self.operation.inputs[index]
-        layout = enter(self.operation, self.sizes, join.output, join.layout, index)
+        layout = enter(self.operation, self.sizes, entered.output, entered.layout, index)
         if not isinstance(layout, Layout):
             # The same for all examples, and aligned from behind.
             return tensor
@@ -120,7 +122,7 @@ class _Meeting:
         ]
         if summed:
             parts = tf.reduce_sum(reductions.wide(parts), axis=summed, keepdims=True)
-        sizes = sizes_of(self.join.tensor)
+        sizes = sizes_of(self.input.tensor)
         return Materialized(tf.reshape(parts, [self.batch.taken, *sizes]), self.shape)
 
 
@@ -147,10 +149,10 @@ def _bias(meeting: _Meeting) -> Term:
 
 def _elementwise(meeting: _Meeting) -> Term:
     # TensorFlow's own derivative, of the same operation on a parameter that is broadcast first.
-    join, operation = meeting.join, meeting.operation
-    tensor = join.tensor
-    wide = tf.broadcast_to(tensor, tf.shape(join.target))
-    (output,) = copied([operation], {tensor.name: wide}, [join.target.name])
+    entered, operation = meeting.input, meeting.operation
+    tensor = entered.tensor
+    wide = tf.broadcast_to(tensor, tf.shape(entered.target))
+    (output,) = copied([operation], {tensor.name: wide}, [entered.target.name])
     (gradient,) = tf.gradients(output, [wide], grad_ys=[meeting.cotangent])
     if gradient is None:
         gradient = tf.zeros_like(wide)
@@ -182,7 +184,7 @@ def _table(meeting: _Meeting) -> Term:
         axis = meeting.sizes.constant(operation.inputs[2]).item()
         if operation.get_attr("batch_dims") or axis % len(meeting.shape):
             raise MixedError("looks a parameter up along an axis that is not its first")
-    layout = enter(operation, meeting.sizes, meeting.join.output, meeting.layout, 1)
+    layout = enter(operation, meeting.sizes, meeting.input.output, meeting.layout, 1)
     if not isinstance(layout, Layout):
         raise MixedError("looks the same rows up for all examples")
     return lookup(

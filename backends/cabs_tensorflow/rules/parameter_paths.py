@@ -38,7 +38,7 @@ class Source(NamedTuple):
     """What the last one holds elements of: a variable that was read, or something computed."""
     operations: tuple[Any, ...]
     """What makes the origin of variables, in order."""
-    roots: frozenset[int]
+    leaves: frozenset[int]
     """The variables behind it."""
 
 
@@ -61,26 +61,26 @@ class Shared:
             MixedError: If it could depend on the batch.
         """
         start, path = tensor, []
-        while tensor.name not in self._program.roots and self._is_step(tensor):
+        while tensor.name not in self._program.leaves and self._is_step(tensor):
             self._check(tensor.op)
             path.append(tensor)
             tensor = _value(tensor)
         operations = self._behind(tensor)
         for operation in operations:
             self._check(operation)
-        return Source(tuple(path), tensor, tuple(operations), self._program.roots_of(start))
+        return Source(tuple(path), tensor, tuple(operations), self._program.leaves_of(start))
 
     def _is_step(self, tensor: Any) -> bool:
         """Return whether a tensor holds nothing but elements of another one."""
         if tensor.op.type in _REARRANGING:
             return True
-        return tensor.op.type == "GatherV2" and not self._program.roots_of(tensor.op.inputs[1])
+        return tensor.op.type == "GatherV2" and not self._program.leaves_of(tensor.op.inputs[1])
 
     def _behind(self, tensor: Any) -> list[Any]:
-        """Return the operations that make a tensor of roots, in order."""
+        """Return the operations that make a tensor of leaves, in order."""
 
         def is_end(one: Any) -> bool:
-            return one.name in self._program.roots or not self._program.roots_of(one)
+            return one.name in self._program.leaves or not self._program.leaves_of(one)
 
         return ancestors([tensor], is_end)
 
@@ -92,7 +92,7 @@ class Shared:
                 "which is not looked into; take the tf.function decorator off it"
             )
         for one in operation.inputs:
-            is_root = bool(self._program.roots_of(one))
+            is_root = bool(self._program.leaves_of(one))
             if not is_root and self._depends_on_data(one):
                 raise MixedError(
                     "takes an input the same way for all examples, although that is combined with "
@@ -116,32 +116,32 @@ class Shared:
         """Return the gradients of the variables behind a tensor, from those of the tensor."""
         for tensor in source.path:
             term = self._back(batch, tensor, term)
-        root = self.root_of(source.origin)
-        if root is not None:
+        leaf = self.leaf_of(source.origin)
+        if leaf is not None:
             if source.origin.op.type == "ResourceGather":
                 shape = self._sizes.shape(source.origin.op.inputs[0])
                 term = self._looked_up(batch, source.origin, term, shape)
-            return {root: term}
-        between = [one for one in source.operations if self._program.root_read_by(one) is None]
+            return {leaf: term}
+        between = [one for one in source.operations if self._program.leaf_read_by(one) is None]
         if any(one.type == "ResourceGather" for one in source.operations):
             raise MixedError("is computed from rows that are looked up")
         inputs = {
             one.name: one
             for operation in between
             for one in operation.inputs
-            if self.root_of(one) is not None
+            if self.leaf_of(one) is not None
         }
         found: dict[int, Term] = {}
-        for root in source.roots:
-            mine = [one for one in inputs.values() if self.root_of(one) == root]
+        for leaf in source.leaves:
+            mine = [one for one in inputs.values() if self.leaf_of(one) == leaf]
             shape = self._sizes.shape(mine[0])
-            found[root] = Pulled(term, _pull(between, source.origin, mine, shape), shape)
+            found[leaf] = Pulled(term, _pull(between, source.origin, mine, shape), shape)
         return found
 
-    def root_of(self, tensor: Any) -> int | None:
-        """Return which root a tensor is, or is read from."""
-        root = self._program.roots.get(tensor.name)
-        return self._program.root_read_by(tensor.op) if root is None else root
+    def leaf_of(self, tensor: Any) -> int | None:
+        """Return which leaf a tensor is, or is read from."""
+        leaf = self._program.leaves.get(tensor.name)
+        return self._program.leaf_read_by(tensor.op) if leaf is None else leaf
 
     def _back(self, batch: Batch, tensor: Any, term: Term) -> Term:
         """Return gradients as those of what a tensor holds elements of."""

@@ -105,7 +105,7 @@ class _Iterator(_MultiProcessingDataLoaderIter):
         try:
             return super()._try_get_data(timeout)  # type: ignore[no-untyped-call]
         except (OSError, EOFError) as error:
-            # What was sent cannot be had from a process that has just been killed.
+            # What was sent cannot be read from a process that has just been killed.
             for worker in self._workers:
                 worker.join(_LOOK)
                 if worker.exitcode is not None:

@@ -59,11 +59,11 @@ def parts(examples: int, needed: int, chunk: int | None) -> Iterator[slice]:
 
 def square(tensor: Tensor) -> Tensor:
     """Return the sum of squares of all elements."""
-    found = roots(tensor)
+    found = partial_norms(tensor)
     return found[0].square().squeeze(0) if len(found[0]) == 1 else squares_of(found, tensor.device)
 
 
-def roots(tensor: Tensor) -> list[Tensor]:
+def partial_norms(tensor: Tensor) -> list[Tensor]:
     """Return vectors that have together the same sum of squares, but few elements.
 
     A single sum of ten million float32 squares loses three digits, and is not faster than a sum in
@@ -82,7 +82,7 @@ def roots(tensor: Tensor) -> list[Tensor]:
 
 
 def squares_of(found: Sequence[Tensor], device: torch.device) -> Tensor:
-    """Return the sum of squares of vectors, such as :func:`roots` gives."""
+    """Return the sum of squares of vectors, such as :func:`partial_norms` gives."""
     if not found:
         return zero(device)
     total: Tensor = torch.cat([one.to(device) for one in found]).double().square().sum()

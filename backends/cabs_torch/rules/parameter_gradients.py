@@ -31,7 +31,7 @@ class ParameterInput(NamedTuple):
     """An input of an operation that is a parameter's, the same for all examples."""
 
     rule: str
-    """How its gradients are had."""
+    """How its gradients are computed."""
     term: Callable[[Sequence[Tensor | None], int], Term | None]
     """From the output cotangents, the gradients of the first so many examples, if any are not 0."""
     of_all_outputs: bool = False

@@ -29,12 +29,12 @@ from cabs_torch.rules.batch_axis import ELEMENTWISE, KEEPING, MIXING, PERMUTING,
 class Source(NamedTuple):
     """Where an operation's parameter comes from."""
 
-    root: Edge
+    origin: Edge
     """The parameter itself, or the last operation that does more than rearrange."""
     path: tuple[Edge, ...]
     """The operations that rearrange it, the nearest to the batch first."""
     inside: frozenset[Node]
-    """The root and all operations behind it."""
+    """The origin and all operations behind it."""
     is_lookup: bool
     """Whether rows were taken out of a table, perhaps one for each example."""
 
@@ -58,7 +58,7 @@ def source_of(edge: Edge) -> Source:
     return Source(edge, tuple(path), frozenset(kinds), kinds[edge[0]])
 
 
-def _kinds(root: Node) -> dict[Node, bool]:
+def _kinds(origin: Node) -> dict[Node, bool]:
     """Return for a node and all behind it whether it holds rows that were looked up.
 
     Raises:
@@ -66,7 +66,7 @@ def _kinds(root: Node) -> dict[Node, bool]:
     """
     kinds: dict[Node, bool] = {}
     # Twice: on the way in, where it is checked, and on the way out, when all behind it are known.
-    waiting = [(root, False)]
+    waiting = [(origin, False)]
     while waiting:
         node, is_known = waiting.pop()
         children = [child for child, _ in node.next_functions if child is not None]
