@@ -54,6 +54,8 @@ def run_tests(session: nox.Session, *sources: str) -> None:
     # A process for each core has one thread, or all of them wait for each other.
     for pool in ("OMP_NUM_THREADS", "TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS"):
         session.env[pool] = "1"
+    # To compile a test's program takes longer than to run it; the package's tests are optimized.
+    session.env.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
     # A file runs in one process: some of its tests ask what others of them have seen.
     parallel = ("--numprocesses=auto", "--dist=loadfile")
     session.run("pytest", *parallel, "--doctest-modules", *sources, *session.posargs)
@@ -124,6 +126,7 @@ def package(session: nox.Session) -> None:
         shutil.copytree(ROOT / needed, away / needed)
     shutil.copy(ROOT / "pyproject.toml", away)
     session.chdir(away)
+    session.env["XLA_FLAGS"] = ""
     session.run("python", "-c", PROVE_INSTALLED)
     run_tests(session, "tests/core")
     for target in FRAMEWORKS:

@@ -15,6 +15,13 @@ ADAPTERS = {
 }
 
 
+def pytest_ignore_collect(collection_path, config):
+    """Leave alone, when examples in docstrings are looked for, what needs other frameworks."""
+    chosen = config.getoption("--backend")
+    others = {f"{name}_adapter.py" for name in ADAPTERS if chosen and name != chosen}
+    return True if collection_path.name in others else None
+
+
 def pytest_generate_tests(metafunc):
     chosen = metafunc.config.getoption("--backend")
     ways = {name: ADAPTERS[name] for name in ([chosen] if chosen else ADAPTERS)}

@@ -50,7 +50,7 @@ class Operations:
 
 
 class JaxAdapter:
-    draws = 8
+    draws = 6
     ulps = 64
     operations = Operations
 

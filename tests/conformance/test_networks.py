@@ -35,8 +35,12 @@ def assert_exact(adapter, network, examples, *, seed=0, dtype=np.float64, rtol=1
 
 
 @pytest.mark.parametrize("name", sorted(BLOCKS))
-def test_each_block_is_exact(any_adapter, name):
-    assert_exact(any_adapter, Network([name]), 4)
+def test_each_block_is_exact(adapter, name):
+    assert_exact(adapter, Network([name]), 4)
+
+
+def test_a_network_is_exact_in_each_way_that_it_is_called(any_adapter):
+    assert_exact(any_adapter, Network(["attention", "convolution", "matrix"], again=[2]), 4)
 
 
 @pytest.mark.slow
