@@ -1,9 +1,10 @@
 """The backward pass, with the gradient statistics of its batch.
 
-Guarantees: the gradients are those of ``losses.mean().backward()`` to the bit; the statistics are
-exact up to rounding, or an error is raised before any gradient was written, or after all were, if
-the measurement itself fails; on a GPU nothing waits for the device, except to try out an operation
-without a rule, to see which rows an index takes, or to notice what reduces gradients over ranks.
+Guarantees: the gradients are those of ``losses.mean().backward()`` to rounding, to the bit where
+PyTorch computes all of them; the statistics are exact up to rounding, or an error is raised before
+any gradient was written, or after the pass, if the measurement itself fails; on a GPU nothing waits
+for the device, except to try out an operation without a rule, to see which rows an index takes, or
+to notice what reduces gradients over ranks.
 Assumes that no hook on the way changes a gradient, and that one thread at a time trains the model.
 """
 
@@ -26,6 +27,7 @@ from cabs_torch.norms import reductions
 from cabs_torch.options import Groups, as_groups
 from cabs_torch.ranks import check_process_group, check_whole, unreduced
 from cabs_torch.statistics import BatchStatistics
+from cabs_torch.summed import Summed, choose
 from cabs_torch.walk import Policy, Walk
 
 # Groups of examples for parameters that no rule covers.
@@ -45,6 +47,7 @@ def backward(
     batch_size: int | None = None,
     scaler: Any = None,
     process_group: Any = None,
+    bitwise: bool = False,
 ) -> BatchStatistics:
     r"""Do ``losses.mean().backward()`` and return the statistics of the batch's gradient.
 
@@ -64,7 +67,7 @@ def backward(
             The batch must be shuffled. The estimate stays unbiased, its cost shrinks by
             ``sample / m``, and it varies more; it can be negative.
         chunk: How many examples' gradients to form at a time, where they are formed only to be
-            squared; by default as many as 4 MiB of temporaries allow.
+            squared; by default as many as 8 MiB of temporaries allow.
         uncovered: What to do about parameters whose norms cannot be computed exactly. ``"error"``
             raises; ``"microbatches"`` estimates their share of the variance from four groups of the
             batch, with a backward pass for each; ``"ignore"`` leaves them out, with a warning once
@@ -76,6 +79,8 @@ def backward(
         scaler: A ``torch.amp.GradScaler``, which scales the loss before the backward pass. The
             statistics are those of the loss before, also if ``losses`` overflow then (not finite,
             at which a controller holds).
+        bitwise: Whether gradients are those of ``losses.mean().backward()`` to the bit, and not to
+            rounding: PyTorch then computes all of them itself, which takes up to a third longer.
         process_group: Where ``torch.distributed`` has more than one rank, ``False``, for the
             statistics of this rank's own examples, and of their own mean gradient, whatever DDP
             then makes of that. Statistics over all ranks are not taken yet.
@@ -147,13 +152,16 @@ def backward(
         assert last is not None
         see = last.register_prehook(lambda given: share.append(given[losses.output_nr][0]))
         hooks.callback(see.remove)
-        measurement = hooks.enter_context(Measurement(walk, measured_examples, chunk))
+        one = Summed() if bitwise or measured_examples < examples else choose(losses, walk)
+        measurement = Measurement(walk, measured_examples, chunk, one.meetings)
+        hooks.enter_context(measurement)
         if batch_size is not None:
             watched = [*walk.leaves.values(), *walk.hidden.values()]
             hooks.enter_context(unreduced(leaf.variable for leaf in watched))
         loss = losses.mean() if batch_size is None else losses.sum() / batch_size
         loss = loss if scaler is None else scaler.scale(loss)
-        loss.backward()
+        loss.backward(inputs=one.others)
+        measurement.hand_over()
 
     # What flows back is an example's gradient times 1/m, as the type of the losses and the scaler
     # have it: in half precision not quite 1/m.

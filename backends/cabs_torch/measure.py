@@ -37,13 +37,19 @@ class Measurement:
         walk: Where parameters meet the batch.
         examples: Over how many of the batch's examples norms are taken, the first ones.
         chunk: How many examples to take at a time, by size if None.
+        summed: Where the parameters are used whose gradients are summed from those of the examples.
     """
 
-    def __init__(self, walk: Walk, examples: int, chunk: int | None) -> None:
+    def __init__(
+        self, walk: Walk, examples: int, chunk: int | None, summed: Sequence[Meeting] = ()
+    ) -> None:
         self.squares: Sums = defaultdict(list)
         """Over examples, of the norms of their shares of a gradient."""
         self.norms: Sums = defaultdict(list)
         """Of the gradient itself, what :func:`reductions.partial_norms` gives."""
+        self.gradients: dict[Node, Tensor] = {}
+        """Those that are sums of the examples' gradients."""
+        self._summed = {meeting.source.origin[0] for meeting in summed}
         self._examples = examples
         self._chunk, self._arrays = chunk, TorchArrays(chunk)
         self._checkpoints = walk.checkpoints
@@ -101,10 +107,12 @@ class Measurement:
                     see(cotangents)
             except Exception as error:
                 # The pass goes on: half of it would leave the gradients of some parameters.
-                error.add_note(
-                    f"cabs: the statistics failed at {node.name()}; the gradients are complete, as "
-                    "those of a backward pass without statistics"
+                state = (
+                    "some gradients are missing: set all to None before the next step"
+                    if self._summed
+                    else "the gradients are complete, as without statistics"
                 )
+                error.add_note(f"cabs: the statistics failed at {node.name()}; {state}")
                 self._failure = error
 
         hooks.callback(node.register_prehook(hook).remove)
@@ -113,8 +121,24 @@ class Measurement:
         """Note what an operation contributes."""
         for meeting in meetings:
             term = meeting.input.term(cotangents, self._examples)
-            if term is not None:
-                self._uses[meeting.source.origin].append(Use(term, meeting.source.path))
+            if term is None:
+                continue
+            use, leaf = Use(term, meeting.source.path), meeting.source.origin[0]
+            if leaf in self._summed:
+                found, self.gradients[leaf] = use.squares_and_sum(self._arrays)
+                self.squares[leaf].append(found)
+            else:
+                self._uses[meeting.source.origin].append(use)
+
+    def hand_over(self) -> None:
+        """Give the parameters the gradients that PyTorch did not compute, by a pass of their own.
+
+        What waits for a parameter's gradient sees it then, as in any backward pass.
+        """
+        if self.gradients and self._failure is None:
+            leaves = [leaf.variable for leaf in self.gradients]
+            made = zip(leaves, self.gradients.values(), strict=True)
+            torch.autograd.backward(leaves, [one.to(leaf.dtype) for leaf, one in made])
 
     def _push(self, origin: Edge, leaves: Sequence[Node], _: Sequence[Tensor | None]) -> None:
         """Push each example's gradient through what was computed from parameters alone."""

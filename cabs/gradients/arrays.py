@@ -100,6 +100,18 @@ class Arrays(Protocol):
         """Return the first of operands, where its guard can be looked at; else the second."""
 
 
+class SummingArrays(Arrays, Protocol):
+    """What gradients that are squared are summed with besides, while they are at hand."""
+
+    def squares_and_sum(
+        self, rows: Callable[..., Array], operands: Sequence[Array], needed: int
+    ) -> tuple[Squares, Array]:
+        """Return the squares of what a function returns for each example, and their sum, (1, ...).
+
+        ``needed`` is how many elements it returns for an example.
+        """
+
+
 class PatchArrays(Arrays, Protocol):
     """What convolutions are written in besides, for a framework without kernels of its own."""
 
@@ -209,6 +221,16 @@ class NumpyArrays:
         if isinstance(found[0], tuple):
             return tuple(map(np.concatenate, zip(*found, strict=True)))
         return np.concatenate(found)
+
+    def squares_and_sum(
+        self, rows: Callable[..., Array], operands: Sequence[Array], needed: int
+    ) -> tuple[Squares, Array]:
+        def some(*operands: Array) -> tuple[Squares, Array]:
+            found = rows(*operands)
+            return self.squares(found), found.sum(axis=0, keepdims=True)
+
+        squares, sums = self.in_chunks(some, operands, needed)
+        return squares, sums.sum(axis=0, keepdims=True)
 
     def unless_cancelled(
         self, total: Squares, bound: Squares, limit: float, otherwise: Callable[[], Squares]

@@ -20,6 +20,9 @@ from cabs.gradients.arrays import Array, Arrays, Squares, known
 # How much larger than the sum its terms may be, for every position, before rounding errors show.
 CANCELLING = 64.0
 
+# What it costs to read an element of a gradient again and add it up, in products, measured.
+ADDED = 16
+
 
 def gradient(arrays: Arrays, left: Array, right: Array) -> Array:
     """Return the gradients, shape (n, E, k, h)."""
@@ -41,9 +44,28 @@ def squares(arrays: Arrays, left: Array, right: Array) -> Squares:
     if not known(blocks, length, width, height):
         return _of_gradient(arrays, left, right)
     whole = partial(_materialized, arrays, blocks * width * height)
-    if arrays.pair_cost * length * (width + height) >= width * height:
+    if is_materialized(arrays, length, width, height):
         return whole(left, right)
     return arrays.prefer(partial(_in_pairs, arrays, blocks, length), whole, (left, right))
+
+
+def is_materialized(arrays: Arrays, length: int, width: int, height: int) -> bool:
+    """Return whether gradients of shape (width, height), of T = ``length``, are materialized."""
+    return length > 1 and arrays.pair_cost * length * (width + height) >= width * height
+
+
+def spared(arrays: Arrays, length: int, width: int, height: int) -> int:
+    """Return how many products an example spares where its gradient is needed for the batch's too.
+
+    The batch's gradient takes T x width x height by itself. Where it is the sum of the examples',
+    these are materialized, squared and added, and no other products are done.
+    """
+    if length == 1:
+        return 0
+    size = width * height
+    is_formed = is_materialized(arrays, length, width, height)
+    alone = length * size if is_formed else arrays.pair_cost * length**2 * (width + height)
+    return max(0, int(alone - ADDED * size))
 
 
 def _of_gradient(arrays: Arrays, left: Array, right: Array) -> Squares:

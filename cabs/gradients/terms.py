@@ -7,12 +7,14 @@ factors wherever they all meet the parameter as a matrix or as a table.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 from cabs.gradients import lookups, outer_products, shared_weights
-from cabs.gradients.arrays import Array, Arrays, Squares
+from cabs.gradients.arrays import Array, Arrays, Squares, SummingArrays
 from cabs.gradients.layout import Shape
 
 
@@ -51,6 +53,10 @@ class Materialized:
     def squares(self, arrays: Arrays) -> Squares:
         return arrays.squares(self.gradients)
 
+    def squares_and_sum(self, arrays: SummingArrays) -> tuple[Squares, Array]:
+        """Return the squared norms, and the sum of the gradients, shape (1, *shape)."""
+        return arrays.squares_and_sum(arrays.wide, self.operands, math.prod(self.shape))
+
 
 @dataclass(frozen=True)
 class Product:
@@ -78,8 +84,19 @@ class Product:
         return (self.left, self.right)
 
     def gradient(self, arrays: Arrays, *operands: Array) -> Array:
-        left, right = operands
-        formed = outer_products.gradient(arrays, left, right)
+        return self._arranged(arrays, outer_products.gradient(arrays, *operands))
+
+    def squares_and_sum(self, arrays: SummingArrays) -> tuple[Squares, Array]:
+        """Return the squared norms, and the sum of the gradients, shape (1, *shape).
+
+        Each is materialized once for both.
+        """
+        rows = partial(outer_products.gradient, arrays)
+        squares, total = arrays.squares_and_sum(rows, self.operands, math.prod(self.shape))
+        return squares, self._arranged(arrays, total)
+
+    def _arranged(self, arrays: Arrays, formed: Array) -> Array:
+        """Return gradients of shape (n, E, k, h) in that of the parameter."""
         order = (*self.blocks, *self.rows, *self.columns)
         formed = arrays.reshape(formed, [self.shape[axis] for axis in order])
         if list(order) != sorted(order):

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from cabs.gradients import convolution, lookups, outer_products, shared_weights
 from cabs.gradients.arrays import NumpyArrays
 from cabs.gradients.convolution import Geometry
+from cabs.gradients.terms import Materialized, Product
 
 SIZE = st.integers(1, 5)
 SEED = st.integers(0, 2**31)
@@ -56,6 +57,30 @@ def test_a_matrix_met_at_several_positions(seed, n, e, t, k, h, chunk, pair_cost
     np.testing.assert_allclose(outer_products.gradient(arrays, left, right), expected, atol=1e-12)
     found = outer_products.squares(arrays, left, right)
     np.testing.assert_allclose(found, norms_squared(expected), rtol=1e-9)
+
+
+@given(SEED, SIZE, st.integers(1, 6), SIZE, SIZE, CHUNK, st.booleans())
+def test_gradients_that_are_squared_and_summed_at_once(seed, n, t, k, h, chunk, is_transposed):
+    random = np.random.default_rng(seed)
+    left, right = random.normal(size=(n, 1, t, k)), random.normal(size=(n, 1, t, h))
+    term, expected = Product.of_matrix(left, right, (k, h)), product_loop(left, right)[:, 0]
+    if is_transposed:
+        term, expected = term.placed((h, k), (1, 0)), expected.swapaxes(1, 2)
+    for one in (term, Materialized(expected, expected.shape[1:])):
+        squares, total = one.squares_and_sum(table(chunk))
+        np.testing.assert_allclose(squares, norms_squared(expected), rtol=1e-9)
+        np.testing.assert_allclose(total[0], expected.sum(axis=0), atol=1e-12)
+
+
+def test_what_is_spared_is_the_cheaper_way_less_what_reading_costs():
+    arrays = table(pair_cost=1.0)
+    added = outer_products.ADDED
+    assert outer_products.spared(arrays, 1, 100, 100) == 0
+    # Long sequences are materialized anyway, and their products are spared.
+    assert outer_products.spared(arrays, 500, 100, 100) == (500 - added) * 100 * 100
+    # Of shorter ones the pairs are, unless they are fewer than what is then read.
+    assert outer_products.spared(arrays, 40, 100, 100) == 40**2 * 200 - added * 100 * 100
+    assert outer_products.spared(arrays, 4, 100, 100) == 0
 
 
 @pytest.mark.parametrize("symmetric", [None, 2])

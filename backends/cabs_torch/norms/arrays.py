@@ -19,7 +19,7 @@ from cabs_torch.norms import reductions
 
 
 class TorchArrays:
-    """The table; ``chunk`` is how many examples to take at a time, by default what 4 MiB allow."""
+    """The table; ``chunk`` is how many examples to take at a time, by default what 8 MiB allow."""
 
     # Measured.
     pair_cost = 0.85
@@ -100,6 +100,19 @@ class TorchArrays:
         if isinstance(found[0], tuple):
             return tuple(torch.stack(one).sum() for one in zip(*found, strict=True))
         return torch.stack(found).sum()
+
+    def squares_and_sum(
+        self, rows: Callable[..., Tensor], operands: Sequence[Tensor], needed: int
+    ) -> tuple[Tensor, Tensor]:
+        squares, total = [], None
+        for part in self.parts(len(operands[0]), needed):
+            # Squared and added up while they are in the processor's cache.
+            found = rows(*(one[part] for one in operands))
+            squares.append(reductions.square(found))
+            summed = found[:1] if len(found) == 1 else found.sum(dim=0, keepdim=True)
+            total = summed if total is None else total.add_(summed)
+        assert total is not None
+        return torch.stack(squares).sum(), total
 
     def parts(self, examples: int, needed: int) -> Iterator[slice]:
         """Yield slices of examples whose temporaries fit into a chunk."""

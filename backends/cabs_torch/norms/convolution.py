@@ -75,6 +75,30 @@ class Convolution:
         found: Tensor = arrays.in_chunks(some, self.operands, needed)
         return found
 
+    def squares_and_sum(self, arrays: TorchArrays) -> tuple[Tensor, Tensor]:
+        """Return the squared norms, and the sum of the gradients, shape (1, *shape)."""
+        needed = self.inputs[0].numel() + self.cotangents[0].numel()
+        if self._can_be_convolved():
+
+            def convolved(*operands: Tensor) -> Tensor:
+                return self._of(*operands)._convolved().view(-1, *self.shape)
+
+            return arrays.squares_and_sum(convolved, self.operands, needed + math.prod(self.shape))
+
+        def parts(*operands: Tensor) -> Tensor:
+            return self._of(*operands)._gradients().movedim(1, 0)
+
+        squares, total = arrays.squares_and_sum(parts, self.operands, needed * self.shape[-1])
+        return squares, total.movedim(1, 3).reshape(-1, *self.shape)
+
+    def spared(self) -> int:
+        """Return how many products an example spares if its gradient is summed, too."""
+        if self._is_cheaper_in_pairs():
+            return 0
+        return (
+            math.prod(self.shape) * self.cotangents.shape[1] * math.prod(self.cotangents.shape[3:])
+        )
+
     def _of(self, inputs: Tensor, cotangents: Tensor) -> Convolution:
         """Return the gradients of other examples, or of some."""
         return replace(self, inputs=inputs, cotangents=cotangents)

@@ -16,8 +16,8 @@ from contextvars import ContextVar
 import torch
 from torch import Tensor
 
-# Elements of the temporaries that a chunk of examples may need: 4 MiB in float32.
-_CHUNK = 2**20
+# Elements of the temporaries that a chunk of examples may need: 8 MiB in float32.
+_CHUNK = 2**21
 
 # Squares summed in single precision before the sum goes on in double.
 _BLOCK = 2048

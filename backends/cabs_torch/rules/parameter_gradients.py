@@ -16,9 +16,11 @@ import torch
 from torch import Tensor
 
 from cabs.gradients.layout import Layout, MixedError, Shape, along_examples
+from cabs.gradients.outer_products import spared
 from cabs.gradients.terms import Lookup, Materialized, Product, Term
 from cabs_torch.graph.autograd_nodes import Node, check_saved, name_of, saved, signed
 from cabs_torch.norms import reductions
+from cabs_torch.norms.arrays import TorchArrays
 from cabs_torch.norms.bags import Bags
 from cabs_torch.norms.convolution import Convolution
 from cabs_torch.rules.batch_axis import of_input
@@ -36,6 +38,8 @@ class ParameterInput(NamedTuple):
     """From the output cotangents, the gradients of the first so many examples, if any are not 0."""
     of_all_outputs: bool = False
     """Whether gradients come through other outputs than the first, too."""
+    spared: Callable[[], int] = lambda: 0
+    """How many products an example spares if its gradient is summed for the batch's, too."""
 
 
 def enter(
@@ -68,14 +72,16 @@ def enter(
     return inner
 
 
-def _parameter_input(rule: str, term: Callable[[Tensor, int], Term]) -> ParameterInput:
+def _parameter_input(
+    rule: str, term: Callable[[Tensor, int], Term], spared: Callable[[], int] = lambda: 0
+) -> ParameterInput:
     """Return an input whose gradients depend on the cotangent of the first output."""
 
     def of_first(cotangents: Sequence[Tensor | None], examples: int) -> Term | None:
         # None stands for a cotangent of zeros.
         return None if cotangents[0] is None else term(cotangents[0], examples)
 
-    return ParameterInput(rule, of_first)
+    return ParameterInput(rule, of_first, spared=spared)
 
 
 def _matrices(node: Node, layout: Layout, index: int, shape: Shape) -> Layout | ParameterInput:
@@ -107,7 +113,11 @@ def _matrices(node: Node, layout: Layout, index: int, shape: Shape) -> Layout | 
         left, right = sides if operand == 1 else sides[::-1]
         return Product.of_matrix(left, right, shape)
 
-    return _parameter_input("matrix", term)
+    def of_matrix() -> int:
+        length = layout.shape[axis] // layout.examples
+        return spared(TorchArrays(), length, *shape) if len(shape) == 2 else 0
+
+    return _parameter_input("matrix", term, (lambda: 0) if is_vector else of_matrix)
 
 
 def _convolution(node: Node, layout: Layout, index: int, shape: Shape) -> Layout | ParameterInput:
@@ -129,10 +139,24 @@ def _convolution(node: Node, layout: Layout, index: int, shape: Shape) -> Layout
         kept = saved(node, "input")
         inputs = take(layout.moved(tuple(kept.shape), 0), kept, examples)
         sides = (inputs, take(layout, cotangent, examples))
-        seen, from_where = sides[::-1] if node._saved_transposed else sides
-        return Convolution(seen, from_where, shape, stride, padding, dilation, node._saved_groups)
+        return of_sides(*sides)
 
-    return _parameter_input("convolution", term)
+    def of_sides(inputs: Tensor, cotangents: Tensor) -> Convolution:
+        sides = (cotangents, inputs) if node._saved_transposed else (inputs, cotangents)
+        return Convolution(*sides, shape, stride, padding, dilation, node._saved_groups)
+
+    def of_kernel() -> int:
+        source, number = node.next_functions[0]
+        if source is None:
+            return 0
+        # Of the tensors, no more than this is looked at.
+        known = source._input_metadata[number]
+        whole = tuple(known.shape), layout.shape
+        scalar = torch.empty((), dtype=known.dtype, device=known.device)
+        sizes = ((layout.examples, one[0] // layout.examples, *one[1:]) for one in whole)
+        return of_sides(*(scalar.expand(size) for size in sizes)).spared()
+
+    return _parameter_input("convolution", term, of_kernel)
 
 
 def _channels(layout: Layout) -> Shape:
