@@ -154,7 +154,7 @@ def soak(session: nox.Session) -> None:
 
 
 BENCHMARKS = (
-    *("core", "loader_torch", "growth_torch"),
+    *("core", "loader_torch", "growth_torch", "kernels_torch"),
     *(f"steps_{name}" for name in FRAMEWORKS),
     *(f"peers_{name}" for name in FRAMEWORKS),
 )

@@ -22,8 +22,9 @@ from cabs.gradients.layout import Layout
 from cabs.values.scalars import as_integer
 from cabs_torch.errors import describe_some
 from cabs_torch.graph.autograd_nodes import Node
-from cabs_torch.measure import Measurement, Sums, by_group
+from cabs_torch.measure import Measurement
 from cabs_torch.norms import reductions
+from cabs_torch.norms.sums import SquareSums
 from cabs_torch.options import Groups, as_groups
 from cabs_torch.ranks import check_process_group, check_whole, unreduced
 from cabs_torch.statistics import BatchStatistics
@@ -107,7 +108,7 @@ def backward(
         >>> statistics = cabs_torch.backward(layer(inputs).squeeze(1))
         >>> layer.weight.grad
         tensor([[2., 0.]])
-        >>> float(statistics.variance_trace)
+        >>> round(float(statistics.variance_trace), 6)
         2.0
     """
     check_losses(losses)
@@ -145,7 +146,11 @@ def backward(
             f"{describe_some(missing)}",
             stacklevel=2,
         )
-    estimated = _from_microbatches(losses, walk) if uncovered == "microbatches" else ({}, {})
+    estimated = (
+        _from_microbatches(losses, walk)
+        if uncovered == "microbatches"
+        else (SquareSums(), SquareSums())
+    )
     share = []
     with ExitStack() as hooks:
         last = losses.grad_fn
@@ -168,16 +173,13 @@ def backward(
     factor = share[0].double()
     kept, device = wanted or Groups({}, 1), losses.device
 
-    def parts(sums: Sums) -> list[list[Tensor]]:
-        return by_group(sums, kept.numbers, kept.count, device)
-
-    def summed(sums: Sums) -> Tensor:
-        start = reductions.zero(device)
-        return torch.stack([torch.stack([start, *values]).sum() for values in parts(sums)])
+    def summed(sums: SquareSums) -> Tensor:
+        return sums.by_group(
+            lambda leaf: kept.numbers.get(id(leaf.variable), 0), kept.count, device
+        )
 
     squares = summed(measurement.squares) * (examples / measured_examples) / factor**2
-    norms = [reductions.squares_of(vectors, device) for vectors in parts(measurement.norms)]
-    means = torch.stack(norms) / (factor * examples) ** 2
+    means = summed(measurement.norms) / (factor * examples) ** 2
     squares, means = squares + summed(estimated[0]), means + summed(estimated[1])
     if wanted is None:
         squares, means = squares.squeeze(0), means.squeeze(0)
@@ -196,14 +198,15 @@ def _are_news(walk: Walk) -> bool:
     return not all(known)
 
 
-def _from_microbatches(losses: Tensor, walk: Walk) -> tuple[Sums, Sums]:
+def _from_microbatches(losses: Tensor, walk: Walk) -> tuple[SquareSums, SquareSums]:
     """Estimate what no rule covers from groups of examples, with a backward pass for each.
 
     Returns what makes the formula for groups of one give the estimate from larger groups.
     """
     leaves = list(walk.refused.values())
+    squares, means = SquareSums(), SquareSums()
     if not leaves:
-        return {}, {}
+        return squares, means
     if walk.checkpoints:
         raise ValueError(
             "uncovered='microbatches' does not work with reentrant checkpoints; use checkpoints "
@@ -222,13 +225,11 @@ def _from_microbatches(losses: Tensor, walk: Walk) -> tuple[Sums, Sums]:
             between[leaf].append(reductions.square(dense) * len(part))
             share = reductions.at_least_single(dense) * (len(part) / examples)
             whole[leaf] = whole[leaf] + share if leaf in whole else share
-    squares: Sums = {}
-    means: Sums = {}
     for leaf in leaves:
         mean = reductions.square(whole[leaf])
         trace = (torch.stack(between[leaf]).sum() - examples * mean) / (len(parts) - 1)
-        squares[leaf] = [trace * (examples - 1) + examples * mean]
-        means[leaf] = [mean]
+        squares.add(leaf, trace * (examples - 1) + examples * mean)
+        means.add(leaf, mean)
     return squares, means
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, Self
@@ -20,14 +20,11 @@ from torch.autograd.graph import GradientEdge
 from cabs.gradients.terms import Materialized
 from cabs_torch.graph.autograd_nodes import Edge, Node, is_leaf, shape_of
 from cabs_torch.graph.reentrant_checkpoints import watched
-from cabs_torch.norms import reductions
 from cabs_torch.norms.arrays import TorchArrays
-from cabs_torch.rules.uses import Use, total_squares
+from cabs_torch.norms.sums import SquareSums
+from cabs_torch.rules.uses import Use, of_same_square, total_squares
 from cabs_torch.rules.uses import gradients as of_uses
 from cabs_torch.walk import Meeting, Outputs, Walk
-
-Sums = dict[Node, list[Tensor]]
-"""Sums of squares by the parameter that they belong to."""
 
 
 class Measurement:
@@ -43,10 +40,10 @@ class Measurement:
     def __init__(
         self, walk: Walk, examples: int, chunk: int | None, summed: Sequence[Meeting] = ()
     ) -> None:
-        self.squares: Sums = defaultdict(list)
+        self.squares = SquareSums()
         """Over examples, of the norms of their shares of a gradient."""
-        self.norms: Sums = defaultdict(list)
-        """Of the gradient itself, what :func:`reductions.partial_norms` gives."""
+        self.norms = SquareSums()
+        """Of the gradient itself."""
         self.gradients: dict[Node, Tensor] = {}
         """Those that are sums of the examples' gradients."""
         self._summed = {meeting.source.origin[0] for meeting in summed}
@@ -103,8 +100,11 @@ class Measurement:
             if self._is_pushing or self._failure is not None:
                 return
             try:
-                with _exact(cotangents):
+                if _is_exact(cotangents):
                     see(cotangents)
+                else:
+                    with _exact(cotangents):
+                        see(cotangents)
             except Exception as error:
                 # The pass goes on: half of it would leave the gradients of some parameters.
                 state = (
@@ -126,7 +126,7 @@ class Measurement:
             use, leaf = Use(term, meeting.source.path), meeting.source.origin[0]
             if leaf in self._summed:
                 found, self.gradients[leaf] = use.squares_and_sum(self._arrays)
-                self.squares[leaf].append(found)
+                self.squares.add(leaf, found)
             else:
                 self._uses[meeting.source.origin].append(use)
 
@@ -158,7 +158,7 @@ class Measurement:
                     )
                     for leaf, gradient in zip(leaves, gradients, strict=True):
                         if gradient is not None and self._sources[leaf] == 1:
-                            self.squares[leaf].append(reductions.square(gradient))
+                            self.squares.square(leaf, gradient)
                         elif gradient is not None:
                             pushed[leaf].append(gradient.to_dense())
         finally:
@@ -173,34 +173,30 @@ class Measurement:
         (gradient,) = gradients
         uses = self._uses.pop((leaf, 0), [])
         if uses:
-            self.squares[leaf].append(total_squares(uses, self._arrays))
+            rows = of_same_square(uses, self._arrays)
+            if rows is None:
+                self.squares.add(leaf, total_squares(uses, self._arrays))
+            else:
+                self.squares.square(leaf, rows)
         if gradient is not None:
-            self.norms[leaf].extend(reductions.partial_norms(gradient))
+            self.norms.square(leaf, gradient)
+
+
+def _is_exact(tensors: Sequence[Tensor | None]) -> bool:
+    """Return whether products are computed in the precision of their operands as it is."""
+    if torch.get_float32_matmul_precision() != "highest":
+        return False
+    kinds = {tensor.device.type for tensor in tensors if tensor is not None}
+    return not any(torch.is_autocast_enabled(kind) for kind in kinds)
 
 
 @contextmanager
 def _exact(tensors: Sequence[Tensor | None]) -> Iterator[None]:
     """Compute in the precision of the operands, whatever autocast and TF32 say."""
-    kinds = {tensor.device.type for tensor in tensors if tensor is not None}
-    cast = [kind for kind in kinds if torch.is_autocast_enabled(kind)]
     precision = torch.get_float32_matmul_precision()
-    if not cast and precision == "highest":
-        yield
-        return
     with ExitStack() as stack:
-        for kind in cast:
+        for kind in {tensor.device.type for tensor in tensors if tensor is not None}:
             stack.enter_context(torch.autocast(kind, enabled=False))
-        if precision != "highest":
-            torch.set_float32_matmul_precision("highest")
-            stack.callback(torch.set_float32_matmul_precision, precision)
+        torch.set_float32_matmul_precision("highest")
+        stack.callback(torch.set_float32_matmul_precision, precision)
         yield
-
-
-def by_group(
-    sums: Sums, groups: Mapping[int, int], count: int, device: torch.device
-) -> list[list[Tensor]]:
-    """Return what belongs to each parameter group."""
-    parts: list[list[Tensor]] = [[] for _ in range(count)]
-    for leaf, values in sums.items():
-        parts[groups.get(id(leaf.variable), 0)].extend(value.to(device) for value in values)
-    return parts

@@ -79,10 +79,11 @@ def verify(losses_of: Callable[[Any], Tensor], batch: Any) -> Verification:
             parameter.grad = None
         with Measurement(walk, examples, None) as measurement:
             losses.mean().backward()
-        squares = {
-            id(leaf.variable): float(torch.stack(values).sum()) * examples**2
-            for leaf, values in measurement.squares.items()
-        }
+        numbers = {key: at for at, key in enumerate(parameters)}
+        sums = measurement.squares.by_group(
+            lambda leaf: numbers[id(leaf.variable)], len(numbers), losses.device
+        )
+        squares = dict(zip(numbers, (sums * examples**2).tolist(), strict=True))
         expected = dict.fromkeys(parameters, 0.0)
         for index in range(examples):
             for parameter in parameters.values():

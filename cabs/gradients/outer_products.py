@@ -40,13 +40,18 @@ def squares(arrays: Arrays, left: Array, right: Array) -> Squares:
     _, blocks, length, width = arrays.shape(left)
     height = arrays.shape(right)[3]
     if known(length) and length == 1:
-        return arrays.squares(arrays.row_norms(left) * arrays.row_norms(right))
+        return arrays.squares(norms(arrays, left, right))
     if not known(blocks, length, width, height):
         return _of_gradient(arrays, left, right)
     whole = partial(_materialized, arrays, blocks * width * height)
     if is_materialized(arrays, length, width, height):
         return whole(left, right)
     return arrays.prefer(partial(_in_pairs, arrays, blocks, length), whole, (left, right))
+
+
+def norms(arrays: Arrays, left: Array, right: Array) -> Array:
+    """Return the norm of each gradient, shape (n, E), for T = 1."""
+    return arrays.row_norms(left) * arrays.row_norms(right)
 
 
 def is_materialized(arrays: Arrays, length: int, width: int, height: int) -> bool:

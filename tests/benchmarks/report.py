@@ -211,6 +211,15 @@ def of_gpu(result: Result) -> str:
     return of_steps(result) + "\n" + of_peers(peers)
 
 
+def of_kernels(result: Result) -> str:
+    """Tabulate what statistics add to what a GPU is given to do."""
+    rows = [
+        [name, *(f"{one[key]:.3g}" for key in ("parameters", "plain", "added a parameter"))]
+        for name, one in result["networks"].items()
+    ]
+    return table(["network", "parameters", "kernels of a plain step", "added a parameter"], rows)
+
+
 def of_checks(result: Result) -> str:
     """Tabulate what was checked."""
     known = ("benchmark", "date", "machine", "threads", "versions", "device")
@@ -225,6 +234,7 @@ TABLES: dict[str, Callable[[Result], str]] = {
     "gpu_torch": of_gpu,
     "loader_torch": of_loader,
     "growth": of_growth,
+    "kernels": of_kernels,
     "steps": of_steps,
     "peers": of_peers,
 }

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import cabs_torch
-from cabs_torch.norms import reductions
+from cabs_torch.norms.sums import SquareSums
 from tests.torch.models import squares
 from tests.torch.reference import assert_exact
 
@@ -72,7 +72,7 @@ def test_statistics_that_fail_in_the_pass_leave_the_gradients_of_a_plain_one(mon
     plain = copy.deepcopy(model)
     inputs, targets = torch.randn(5, 4), torch.randn(5)
     squares(plain(inputs), targets).mean().backward()
-    calls, square = [], reductions.square
+    calls, square = [], SquareSums.square
 
     def fail_later(*given):
         calls.append(given)
@@ -80,7 +80,7 @@ def test_statistics_that_fail_in_the_pass_leave_the_gradients_of_a_plain_one(mon
             raise MemoryError("no room")
         return square(*given)
 
-    monkeypatch.setattr(reductions, "square", fail_later)
+    monkeypatch.setattr(SquareSums, "square", fail_later)
     with pytest.raises(MemoryError, match="no room") as said:
         cabs_torch.backward(squares(model(inputs), targets))
     assert any("the gradients are complete" in note for note in said.value.__notes__)

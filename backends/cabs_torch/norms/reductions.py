@@ -70,7 +70,7 @@ def partial_norms(tensor: Tensor) -> list[Tensor]:
     double precision of blocks that are summed in single. ``tensor`` can be sparse.
     """
     dense = tensor.coalesce().values() if tensor.is_sparse else tensor
-    if dense.numel() <= _SMALL:
+    if is_small(dense):
         # Fewer calls matter more than what they do.
         return [torch.linalg.vector_norm(dense, dtype=torch.float64).reshape(1)]
     flat = at_least_single(dense).flatten()
@@ -79,6 +79,11 @@ def partial_norms(tensor: Tensor) -> list[Tensor]:
     if whole < flat.numel():
         blocks.append(torch.linalg.vector_norm(flat[whole:]).reshape(1))
     return blocks
+
+
+def is_small(tensor: Tensor) -> bool:
+    """Return whether a tensor's squares cost a call, and nothing else worth speaking of."""
+    return tensor.numel() <= _SMALL
 
 
 def squares_of(found: Sequence[Tensor], device: torch.device) -> Tensor:

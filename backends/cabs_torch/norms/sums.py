@@ -1,0 +1,58 @@
+"""Sums of squares over the tensors of one pass, by the parameters that they belong to.
+
+Guarantees: tensors of few elements are squared together when the sums are read, by one call for
+all, since calls are what they cost; no large tensor is kept; sums are taken in float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cabs_torch.norms import reductions
+
+
+class SquareSums:
+    """Squares, of which each belongs to an owner, a parameter's node for instance."""
+
+    def __init__(self) -> None:
+        self._squares: list[tuple[Any, Tensor]] = []
+        self._norms: list[tuple[Any, Tensor]] = []
+        self._small: list[tuple[Any, Tensor]] = []
+
+    def add(self, owner: Any, square: Tensor) -> None:
+        """Add a sum of squares that is known, 0-d."""
+        self._squares.append((owner, square))
+
+    def square(self, owner: Any, tensor: Tensor) -> None:
+        """Add the squares of a tensor's elements; it can be sparse."""
+        if tensor.is_sparse or not reductions.is_small(tensor) or reductions.is_traced():
+            self._norms.extend((owner, one) for one in reductions.partial_norms(tensor))
+        else:
+            self._small.append((owner, tensor))
+
+    def by_group(self, number_of: Callable[[Any], int], count: int, device: torch.device) -> Tensor:
+        """Return the sums by the numbers of their owners, shape (count,)."""
+        numbers: list[int] = []
+        parts: list[Tensor] = []
+        if self._small:
+            found = torch._foreach_norm([one for _, one in self._small], 2, dtype=torch.float64)
+            parts.append(torch.stack([one.to(device) for one in found]).square())
+            numbers.extend(number_of(owner) for owner, _ in self._small)
+        if self._squares:
+            parts.append(torch.stack([one.to(device) for _, one in self._squares]))
+            numbers.extend(number_of(owner) for owner, _ in self._squares)
+        if self._norms:
+            parts.append(torch.cat([one.to(device) for _, one in self._norms]).double().square())
+            for owner, one in self._norms:
+                numbers.extend([number_of(owner)] * len(one))
+        total = torch.zeros(count, dtype=torch.float64, device=device)
+        if not parts:
+            return total
+        whole = torch.cat(parts) if len(parts) > 1 else parts[0]
+        if count == 1:
+            return whole.sum().reshape(1)
+        return total.index_add_(0, torch.tensor(numbers, device=device), whole)
