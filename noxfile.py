@@ -74,7 +74,9 @@ def tests(session: nox.Session, target: str) -> None:
         run_tests(session, "tests/core", "cabs")
         return
     install(session, "-e", f".[{target},examples]", groups=test_groups(target))
-    run_tests(session, *of_adapter(target), "tests/examples", f"backends/cabs_{target}")
+    run_tests(session, *of_adapter(target), f"backends/cabs_{target}")
+    # In processes of their own, where a framework is loaded as a user loads it.
+    run_tests(session, "tests/examples", "--backend", target)
     if target in OLDEST:
         # Against the newest versions that the constraints pin, and then without them.
         session.install(OLDEST[target])

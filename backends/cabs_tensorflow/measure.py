@@ -78,10 +78,10 @@ class Measurement:
 
     @property
     def rules(self) -> list[str]:
-        """How the gradients of each leaf are had, in words."""
+        """Which rules measure each leaf, in words."""
         found: list[list[str]] = [[] for _ in self.names]
         for entered, source in self._walk.meetings:
-            through = ", pushed on" if self._walk.shared.leaf_of(source.origin) is None else ""
+            through = ", by its VJP" if self._walk.shared.leaf_of(source.origin) is None else ""
             for leaf in source.leaves:
                 found[leaf].append(entered.rule + through)
         for own in self._walk.own:

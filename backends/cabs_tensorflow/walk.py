@@ -92,7 +92,7 @@ class Walk:
     def _found(
         self, operation: Any, output: int, layout: Layout, index: int
     ) -> Layout | ParameterInput:
-        """Return where the examples lie in an input, or how it is joined with them."""
+        """Return the layout of an input, or the ParameterInput that all examples share."""
         try:
             if operation.inputs[index].dtype.is_complex:
                 raise MixedError("computes complex numbers")
@@ -130,7 +130,7 @@ class Walk:
     def _arrive(self, tensor: Any, layout: Layout, operation: Any) -> None:
         """Note where the examples lie in a tensor."""
         if self._layouts.setdefault(tensor.name, layout) != layout:
-            raise self.error(tensor, operation, "has its examples in two different orders")
+            raise self.error(tensor, operation, "is reached with two different batch layouts")
 
     def _close(self) -> None:
         for name in self._program.leaves:
@@ -139,7 +139,7 @@ class Walk:
         for entered, source in self.meetings:
             for tensor in (*source.path, *(one.outputs[0] for one in source.operations)):
                 if tensor.name in self._layouts:
-                    problem = "is an example's own in one place, and shared in another"
+                    problem = "is data of examples in one use and a shared parameter in another"
                     raise self.error(tensor, entered.operation, problem)
 
     def error(self, tensor: Any, operation: Any, problem: str) -> UncoveredParameterError:

@@ -153,7 +153,7 @@ def _check_leaves(losses: Tensor, known: Iterable[Tensor]) -> None:
         if is_leaf(leaf) and id(leaf.variable) not in ids:
             raise ValueError(
                 "model must hold all parameters that losses_of uses, but "
-                f"{describe(leaf.variable)}, is none of its own; give a module that holds both"
+                f"{describe(leaf.variable)}, is not one of them; give a module that holds both"
             )
 
 

@@ -2,7 +2,8 @@
 
 Guarantees: where an example's gradient is materialized to be squared, nothing is multiplied twice;
 a parameter is chosen only if it is used once, if nothing but the end of the pass waits for its
-gradient, and if the operation that uses it runs all the same, for others behind it.
+gradient, and if the operation that uses it runs in the backward pass anyway, since other gradients
+need it.
 """
 
 from __future__ import annotations

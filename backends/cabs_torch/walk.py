@@ -104,7 +104,7 @@ class Walk:
             except HiddenError as problem:
                 raise _error(node, str(problem)) from None
         elif known != layout:
-            self._refuse(node, "has its examples in two different orders")
+            self._refuse(node, "is reached with two different batch layouts")
 
     def _step(self, node: Node, output: int, layout: Layout) -> None:
         if is_leaf(node):
@@ -196,7 +196,10 @@ class Walk:
             inside = (*meeting.source.inside, *(node for node, _ in meeting.source.path))
             for node in inside:
                 if node in self._outputs and not is_leaf(node):
-                    self._refuse(node, "is an example's own in one place, and shared in another")
+                    self._refuse(
+                        node,
+                        "is data of examples in one use and a shared parameter in another",
+                    )
         # A checkpoint runs a backward pass of its own, which does not see other uses.
         behind: dict[Node, dict[int, Node]] = {}
         for (node, _), (_, walk) in self._hidden.items():
@@ -238,7 +241,7 @@ class Walk:
         for meeting in self._all_meetings():
             source, rule = meeting.source, meeting.input.rule
             for leaf in source.leaves:
-                through = "" if is_leaf(source.origin[0]) else ", pushed on"
+                through = "" if is_leaf(source.origin[0]) else ", by its VJP"
                 found.setdefault(id(leaf.variable), []).append(rule + through)
         return {
             key: " + ".join(f"{rule} x{n}" if n > 1 else rule for rule, n in Counter(used).items())

@@ -1,8 +1,8 @@
 """What one operation contributes to the per-example gradients of a parameter.
 
 Guarantees: each term answers two questions, the gradients themselves and the sum of their squared
-norms, without materializing more of them than has to be; the sum of several is told from their
-factors wherever they all meet the parameter as a matrix or as a table.
+norms, without materializing more of them than has to be; the squared norm of a sum of terms is
+computed from their factors wherever all meet the parameter as a matrix or as a table.
 """
 
 from __future__ import annotations
@@ -142,7 +142,7 @@ class Lookup:
 
 
 def together(arrays: Arrays, terms: Sequence[Term]) -> Squares | None:
-    """Return the squared norms of the sum of terms, None if factors do not tell them."""
+    """Return the squared norms of the sum of terms, None if it must be materialized."""
     taken = [term for term in terms if isinstance(term, Lookup)]
     products = [term for term in terms if isinstance(term, Product)]
     if len(taken) + len(products) < len(terms):

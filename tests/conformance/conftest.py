@@ -6,7 +6,7 @@ import pytest
 
 # The ways in which an adapter is called, the usual one first.
 ADAPTERS = {
-    "torch": {"torch": {}},
+    "torch": {"torch": {}, "torch with summed gradients": {"is_summed": True}},
     "jax": {"jax": {"is_jitted": True}, "jax without jit": {"is_jitted": False}},
     "tensorflow": {
         "tensorflow": {"is_size_known": False},

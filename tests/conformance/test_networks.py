@@ -5,6 +5,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
+from tests.conformance import operations
 from tests.conformance.networks import BLOCKS, LENGTH, Network
 from tests.conformance.reference import assert_near, flat, gradients_one_by_one, statistics_of
 
@@ -22,6 +23,8 @@ def assert_exact(adapter, network, examples, *, seed=0, dtype=np.float64, rtol=1
     found = adapter.measure(network.losses_of, parameters, batch)
     rows = gradients_one_by_one(network.losses_of, parameters, batch)
     assert_near(found.statistics, statistics_of(rows), rtol)
+    loss = network.losses_of(operations, parameters, batch).mean()
+    assert found.loss == pytest.approx(loss, rel=rtol)
     scale = np.abs(rows).max()
     gradients = flat(found.gradients, parameters)
     np.testing.assert_allclose(gradients, rows.mean(axis=0), rtol, atol=rtol * scale)

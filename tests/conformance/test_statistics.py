@@ -85,8 +85,9 @@ def test_tied_weights_count_the_cross_terms(adapter, words):
 def test_cotangents_that_cancel_within_an_example_keep_their_digits(adapter):
     # Behind a softmax over positions they add up to zero, and the inputs are nearly the same.
     rng = np.random.default_rng(0)
-    parameters = {"m": rng.normal(size=(64, 8)).astype(np.float32)}
-    batch = {"x": (100.0 + rng.normal(size=(4, 16, 64))).astype(np.float32)}
+    parameters = {"m": rng.normal(size=(64, 64)).astype(np.float32)}
+    # Of four positions, pairs are fewer products than the gradient.
+    batch = {"x": (100.0 + rng.normal(size=(4, 4, 64))).astype(np.float32)}
 
     def losses_of(ops, p, b):
         scores = ops.softmax(ops.total(b["x"] @ p["m"], (2,)) * 1e-4)
@@ -95,6 +96,21 @@ def test_cotangents_that_cancel_within_an_example_keep_their_digits(adapter):
     found = adapter.measure(losses_of, parameters, batch)
     rows = gradients_one_by_one(losses_of, parameters, batch)
     assert found.statistics.read().group_square_sum == pytest.approx(np.sum(rows**2), rel=1e-2)
+
+
+@pytest.mark.parametrize("length", [1, 2, 6, 70])
+def test_a_wide_matrix_is_exact_at_few_positions_and_at_many(adapter, length):
+    # By norms, by Gram matrices, and materialized.
+    rng = np.random.default_rng(length)
+    parameters = {"m": rng.normal(size=(40, 30))}
+    batch = {"x": rng.normal(size=(3, length, 40))}
+
+    def losses_of(ops, p, b):
+        return ops.mean(ops.sin(b["x"] @ p["m"]), (1, 2))
+
+    found = adapter.measure(losses_of, parameters, batch)
+    rows = gradients_one_by_one(losses_of, parameters, batch)
+    assert_near(found.statistics, statistics_of(rows), 1e-9)
 
 
 @pytest.mark.parametrize("sample", [1, 3, 6, 50])
@@ -113,7 +129,7 @@ def test_a_sample_takes_the_norms_of_the_first_examples(adapter, sample):
 
 def test_a_sample_is_unbiased_over_all_samples(adapter):
     parameters, batch = drawn(3)
-    whole = adapter.measure(NETWORK.losses_of, parameters, batch).statistics.read()
+    whole = statistics_of(gradients_one_by_one(NETWORK.losses_of, parameters, batch))
     traces = []
     for shift in range(3):
         turned = {name: np.roll(one, shift, axis=0) for name, one in batch.items()}
@@ -136,7 +152,7 @@ def test_a_sample_that_makes_no_sense_is_refused(adapter, sample, error, message
 
 @pytest.mark.slow
 def test_exact_statistics_of_pieces_are_those_of_the_batch(adapter):
-    # At most three at a time: pieces are then of two at least, and one shows no variance.
+    # The limit is three at least, so that every piece has two examples, which show a variance.
     @given(st.integers(0, 2**31), st.integers(2, 11), st.integers(3, 6), st.booleans())
     @settings(max_examples=max(2, adapter.draws // 4), **DRAWN)
     def draw(seed, examples, most, is_double):

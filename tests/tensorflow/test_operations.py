@@ -65,7 +65,7 @@ MIXING = {
     "mean of all": (lambda h: h * tf.reduce_mean(h), "same way for all examples"),
     "similarities": (
         lambda h: tf.matmul(h[:, 0], h[:, 0], transpose_b=True),
-        "two different orders|in one place, and shared in another|same way",
+        "two different batch layouts|and a shared parameter in another|same way",
     ),
     "half of the batch": (lambda h: tf.concat([h[:2], h[2:]], axis=0), "runs along"),
     "reordered": (lambda h: tf.gather(h, [1, 0, 2, 3]), "same way for all examples"),

@@ -147,7 +147,7 @@ REFUSED = {
             lambda m, x: (lambda h: (h + h.T)[:, :1])(F.linear(x, m.square)),
             square=nn.Parameter(torch.ones(5, 4)),
         ),
-        "holds a value for every example|two different orders",
+        "holds a value for every example|two different batch layouts",
     ),
     "examples that were flipped": (
         model(lambda m, x: m.matrix(x).flip(0)),

@@ -47,7 +47,7 @@ class View:
         )
 
     def within(self, outer: View, skipped: int = 0) -> View:
-        """Return what this view of another view is of the other's base.
+        """Compose two views: return this view of another view as one of the other's base.
 
         Args:
             outer: The view that is this one's base.

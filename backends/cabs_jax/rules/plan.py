@@ -169,7 +169,7 @@ def _lift(
 
 
 def _axis(view: View | None, at: int) -> int:
-    """Return which axis of its source an axis of a view is."""
+    """Return which axis of its base an axis of a view is."""
     axis = None if view is None or view.key is not None else view.axes[at]
     return _OTHER if axis is None else axis
 

@@ -61,13 +61,13 @@ class ParameterInput:
         Raises:
             MixedError: If they cannot be computed for these operands.
         """
-        return _RULES[self.operation.type](_Meeting(self, sizes, batch, cotangent))
+        return _RULES[self.operation.type](_Context(self, sizes, batch, cotangent))
 
 
 def enter(
     operation: Any, sizes: Sizes, output: int, layout: Layout, index: int
 ) -> Layout | ParameterInput:
-    """Return where the examples lie in an operation's input, or how it is joined with them.
+    """Return the layout of an operation's input, or the ParameterInput that all examples share.
 
     Raises:
         MixedError: If the operation mixes examples, or there is no rule for it.
@@ -86,8 +86,8 @@ def enter(
     return ParameterInput(operation, output, layout, index)
 
 
-class _Meeting:
-    """A parameter's input, and the cotangent of the operation's output."""
+class _Context:
+    """What a rule is given: the parameter's input, and the cotangent of the operation's output."""
 
     def __init__(self, entered: ParameterInput, sizes: Sizes, batch: Batch, cotangent: Any) -> None:
         self.input, self.sizes, self.batch, self.cotangent = entered, sizes, batch, cotangent
@@ -126,28 +126,28 @@ class _Meeting:
         return Materialized(tf.reshape(parts, [self.batch.taken, *sizes]), self.shape)
 
 
-def _plus(meeting: _Meeting) -> Term:
+def _plus(meeting: _Context) -> Term:
     return meeting.collected(meeting.taken(), meeting.shape)
 
 
-def _minus(meeting: _Meeting) -> Term:
+def _minus(meeting: _Context) -> Term:
     taken = meeting.taken()
     return meeting.collected(taken if meeting.index == 0 else -taken, meeting.shape)
 
 
-def _times(meeting: _Meeting) -> Term:
+def _times(meeting: _Context) -> Term:
     parts = reductions.wide(meeting.taken()) * reductions.wide(meeting.other(1 - meeting.index))
     return meeting.collected(parts, meeting.shape)
 
 
-def _bias(meeting: _Meeting) -> Term:
+def _bias(meeting: _Context) -> Term:
     if meeting.operation.get_attr("data_format") == b"NCHW":
         after = len(meeting.layout.shape) - 2
         return meeting.collected(meeting.taken(), (*meeting.shape, *[1] * after))
     return meeting.collected(meeting.taken(), meeting.shape)
 
 
-def _elementwise(meeting: _Meeting) -> Term:
+def _elementwise(meeting: _Context) -> Term:
     # TensorFlow's own derivative, of the same operation on a parameter that is broadcast first.
     entered, operation = meeting.input, meeting.operation
     tensor = entered.tensor
@@ -159,7 +159,7 @@ def _elementwise(meeting: _Meeting) -> Term:
     return meeting.collected(meeting.batch.take(gradient, meeting.layout), meeting.shape)
 
 
-def _spread(meeting: _Meeting) -> Term:
+def _spread(meeting: _Context) -> Term:
     if meeting.operation.type == "Tile":
         times = meeting.sizes.constant(meeting.operation.inputs[1]).ravel()
         if any(one > 1 and size > 1 for one, size in zip(times, meeting.shape, strict=True)):
@@ -167,7 +167,7 @@ def _spread(meeting: _Meeting) -> Term:
     return meeting.collected(meeting.taken(), meeting.shape)
 
 
-def _contraction(meeting: _Meeting) -> Term:
+def _contraction(meeting: _Context) -> Term:
     return contraction.term(
         meeting.operation,
         meeting.sizes,
@@ -178,7 +178,7 @@ def _contraction(meeting: _Meeting) -> Term:
     )
 
 
-def _table(meeting: _Meeting) -> Term:
+def _table(meeting: _Context) -> Term:
     operation, batch = meeting.operation, meeting.batch
     if operation.type == "GatherV2":
         axis = meeting.sizes.constant(operation.inputs[2]).item()
@@ -222,7 +222,7 @@ def _convolved(
     return None
 
 
-def _convolution(meeting: _Meeting) -> Term:
+def _convolution(meeting: _Context) -> Term:
     operation, batch = meeting.operation, meeting.batch
     is_transposed = "Input" in operation.type
     is_depthwise = operation.type.startswith("Depthwise")
@@ -283,7 +283,7 @@ _CARRIERS: dict[str, Callable[[Any, Sizes, int, Layout, int], Layout | None]] = 
     ),
     **dict.fromkeys(_CONVOLUTIONS, _convolved),
 }
-_RULES: dict[str, Callable[[_Meeting], Term]] = {
+_RULES: dict[str, Callable[[_Context], Term]] = {
     **dict.fromkeys(batch_axis.ELEMENTWISE, _elementwise),
     **dict.fromkeys(("Add", "AddN", "AddV2"), _plus),
     **dict.fromkeys(("BroadcastTo", "Tile"), _spread),

@@ -92,8 +92,8 @@ class Shared:
                 "which is not looked into; take the tf.function decorator off it"
             )
         for one in operation.inputs:
-            is_root = bool(self._program.leaves_of(one))
-            if not is_root and self._depends_on_data(one):
+            is_of_leaves = bool(self._program.leaves_of(one))
+            if not is_of_leaves and self._depends_on_data(one):
                 raise MixedError(
                     "takes an input the same way for all examples, although that is combined with "
                     f"data in {operation.type} (operation {operation.name!r}), as batch "

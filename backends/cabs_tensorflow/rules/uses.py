@@ -20,7 +20,7 @@ from cabs_tensorflow.norms.arrays import ARRAYS, TensorflowArrays
 
 @dataclass(frozen=True)
 class Pulled:
-    """Gradients of another term, pushed on to what its parameter was made of.
+    """Gradients of another term, pulled back to what its parameter was made of.
 
     Args:
         term: The other term.

@@ -30,7 +30,7 @@ from cabs_torch.rules.registered import term as registered_term
 
 
 class ParameterInput(NamedTuple):
-    """An input of an operation that is a parameter's, the same for all examples."""
+    """An input of an operation that comes from parameters alone and is shared by all examples."""
 
     rule: str
     """How its gradients are computed."""
@@ -39,7 +39,7 @@ class ParameterInput(NamedTuple):
     of_all_outputs: bool = False
     """Whether gradients come through other outputs than the first, too."""
     spared: Callable[[], int] = lambda: 0
-    """How many products an example spares if its gradient is summed for the batch's, too."""
+    """Multiplications saved an example if the batch's gradient is the sum of the examples'."""
 
 
 def enter(
@@ -406,7 +406,7 @@ def _scaled(
 
 
 def _collected(taken: Tensor, layout: Layout, shape: Shape) -> Tensor:
-    """Return what examples' parts are worth to a tensor of ``shape`` that was broadcast to them."""
+    """Return each example's sum over the axes along which ``shape`` was broadcast."""
     aligned = [1] * (len(layout.shape) - len(shape)) + list(shape)
     summed = [
         place for place, size in enumerate(aligned, start=1) if size == 1 and taken.shape[place] > 1
