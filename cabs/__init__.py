@@ -6,20 +6,24 @@ UAI 2017, arXiv 1612.05086). What most loops need is here; :mod:`cabs.control`,
 alone, and imports no framework.
 """
 
-from cabs.control import BatchSizes, Controller
+from cabs.control import CABS, BatchSizes, Controller, NoiseScale, NormTest, Progress
 from cabs.data import BatchSampler, MemoryCap, StreamSampler, split
 from cabs.gradients import GradientMoments, GradientStatistics, PartialStatistics
 from cabs.runs import RunLog, read_run
 from cabs.values.atomic import atomic_write
 
 __all__ = [
+    "CABS",
     "BatchSampler",
     "BatchSizes",
     "Controller",
     "GradientMoments",
     "GradientStatistics",
     "MemoryCap",
+    "NoiseScale",
+    "NormTest",
     "PartialStatistics",
+    "Progress",
     "RunLog",
     "StreamSampler",
     "atomic_write",

@@ -92,7 +92,7 @@ def _report(error: NotDecidedError, same: int) -> str:
     else:
         width = max(map(len, error.differences))
         rows = (
-            f"  {name:<{width}}  the log says {says}, and {follows} follows"
+            f"  {name:<{width}}  logged {says}, recomputed {follows}"
             for name, (says, follows) in error.differences.items()
         )
         found = "\n".join([f"{where}: the decision of step {error.step} is another", *rows])

@@ -4,11 +4,10 @@
 state between the calls. Imports ``cabs.values`` alone; knows nothing of data and frameworks.
 """
 
-from cabs.control.averages import DebiasedAverage
+from cabs.control.averages import Averages, DebiasedAverage
 from cabs.control.configuration import Configuration
 from cabs.control.controller import Controller
 from cabs.control.decision import (
-    Averages,
     Decision,
     Observation,
     Reason,
@@ -16,17 +15,29 @@ from cabs.control.decision import (
     decide,
     initial_state,
 )
-from cabs.control.rules import cabs_rule, noise_scale_rule, norm_test
+from cabs.control.rules import (
+    CABS,
+    NoiseScale,
+    NormTest,
+    Progress,
+    cabs_rule,
+    noise_scale_rule,
+    norm_test,
+)
 from cabs.control.sizes import BatchSizes
 
 __all__ = [
+    "CABS",
     "Averages",
     "BatchSizes",
     "Configuration",
     "Controller",
     "DebiasedAverage",
     "Decision",
+    "NoiseScale",
+    "NormTest",
     "Observation",
+    "Progress",
     "Reason",
     "State",
     "cabs_rule",

@@ -7,8 +7,30 @@ between the smallest and the largest value that it has seen, up to rounding.
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 from cabs.values.scalars import Scalar, as_float
+
+
+class Averages(NamedTuple):
+    """The smoothed observations.
+
+    Example:
+        >>> Averages(variance_trace=(900.0,), variance_weight=1.0, loss=1.5, loss_weight=1.0).loss
+        1.5
+    """
+
+    variance_trace: tuple[float, ...]
+    """One per parameter group; empty before the first measurement."""
+    variance_weight: float
+    """Total weight of the measurements in them."""
+    loss: float
+    loss_weight: float
+    """Total weight of the observations in it."""
+    gradient_square: float = 0.0
+    """Of the squared norm of the expected gradient, where the rule needs it."""
+    gradient_weight: float = 0.0
+    """Total weight of the measurements in it."""
 
 
 def debiased_weight(weight: float, smoothing: float) -> float:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cabs.control.averages import check_smoothing
+from cabs.control.rules import PAPER, RULES, Rule, rule_from_json, rule_to_json
 from cabs.control.sizes import BatchSizes
 from cabs.values.scalars import as_bool, as_float, as_integer
 
@@ -32,7 +33,7 @@ class Configuration:
     sizes: BatchSizes = DEFAULT_SIZES
     smoothing: float = 0.95
     debias: bool = True
-    loss_floor: float = 0.0
+    rule: Rule = PAPER
     hysteresis: float = 0.0
     max_growth: float | None = None
     every: int = 1
@@ -46,7 +47,6 @@ class Configuration:
             settle("sizes", BatchSizes(self.sizes))
         settle("batch_size", as_integer(self.batch_size, "batch_size", 1))
         settle("smoothing", check_smoothing(self.smoothing))
-        settle("loss_floor", as_float(self.loss_floor, "loss_floor"))
         settle("hysteresis", as_float(self.hysteresis, "hysteresis"))
         settle("every", as_integer(self.every, "every", 1))
         for name in ("debias", "single_precision"):
@@ -56,8 +56,10 @@ class Configuration:
                 f"batch_size must be one of the sizes allowed, {self.sizes!r}, got batch_size = "
                 f"{self.batch_size}; the nearest is {self.sizes.nearest(self.batch_size)}"
             )
-        if not math.isfinite(self.loss_floor):
-            raise ValueError(f"loss_floor must be finite, got loss_floor = {self.loss_floor}")
+        if type(self.rule) not in RULES.values():
+            raise TypeError(
+                f"rule must be one of {sorted(RULES)}, as cabs.CABS(), got {self.rule!r}"
+            )
         if not (self.hysteresis >= 0.0 and math.isfinite(self.hysteresis)):
             raise ValueError(
                 f"hysteresis must be at least 0 and finite, got hysteresis = {self.hysteresis}"
@@ -71,11 +73,15 @@ class Configuration:
                 )
         if self.debias and self.single_precision:
             raise ValueError("single_precision repeats the published code and excludes debias")
+        if self.single_precision and self.rule != PAPER:
+            raise ValueError(
+                f"single_precision repeats the published code and excludes rule = {self.rule}"
+            )
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values, one per setting."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return {**values, "sizes": self.sizes.to_json()}
+        return {**values, "sizes": self.sizes.to_json(), "rule": rule_to_json(self.rule)}
 
     @classmethod
     def from_json(cls, values: Any) -> Configuration:
@@ -84,7 +90,8 @@ class Configuration:
         if not isinstance(values, dict) or set(values) != names:
             raise ValueError(f"a configuration holds {sorted(names)}, got {values!r}")
         try:
-            return cls(**{**values, "sizes": BatchSizes.from_json(values["sizes"])})
+            sizes, rule = BatchSizes.from_json(values["sizes"]), rule_from_json(values["rule"])
+            return cls(**{**values, "sizes": sizes, "rule": rule})
         except TypeError as error:
             raise ValueError(f"this is no configuration: {error}") from error
 

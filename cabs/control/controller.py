@@ -12,13 +12,14 @@ from typing import Any
 
 from cabs.control.configuration import DEFAULT_SIZES, Configuration
 from cabs.control.decision import Decision, Observation, Reason, decide, initial_state, is_due
+from cabs.control.rules import PAPER, Rule
 from cabs.control.sizes import BatchSizes
 from cabs.control.state import carry_over, read_state, write_state
 from cabs.values.scalars import Scalar, Scalars, as_float, as_floats
 
 
 class Controller:
-    r"""Chooses the size of the next batch, by the CABS rule.
+    r"""Chooses the size of the next batch, by the CABS rule unless another is given.
 
     .. math:: m = \frac{\eta \, \mathrm{tr}(\Sigma)}{F - F_*}
 
@@ -33,8 +34,8 @@ class Controller:
         smoothing: Constant of the exponential averages, in [0, 1).
         debias: Whether the averages are free of a bias towards their start. Without, they start
             at a variance of 0 and a loss of 1, as published.
-        loss_floor: :math:`F_*`, the smallest loss that can be reached: 0 for cross-entropy with
-            plain labels.
+        rule: What asks for sizes: :class:`cabs.CABS`, with the floor of the loss if it is not 0;
+            :class:`cabs.Progress`, :class:`cabs.NormTest` or :class:`cabs.NoiseScale`.
         hysteresis: Keep the size unless the rule asks for a change with this relative margin to
             spare; 0 follows every change. Saves compilations where each size needs one.
         max_growth: Grow at most this many times at one step, though always to the next allowed
@@ -61,7 +62,7 @@ class Controller:
         sizes: BatchSizes | Iterable[int] = DEFAULT_SIZES,
         smoothing: float = 0.95,
         debias: bool = True,
-        loss_floor: float = 0.0,
+        rule: Rule = PAPER,
         hysteresis: float = 0.0,
         max_growth: float | None = None,
         every: int = 1,
@@ -72,7 +73,7 @@ class Controller:
                 sizes=sizes if isinstance(sizes, BatchSizes) else BatchSizes(sizes),
                 smoothing=smoothing,
                 debias=debias,
-                loss_floor=loss_floor,
+                rule=rule,
                 hysteresis=hysteresis,
                 max_growth=max_growth,
                 every=every,
@@ -151,6 +152,7 @@ class Controller:
         learning_rate: Scalars,
         loss: Scalar | None = None,
         variance_trace: Scalars | None = None,
+        expected_gradient_norm_squared: Scalars | None = None,
     ) -> Decision:
         r"""Take in what one step showed, and set :attr:`batch_size`.
 
@@ -167,6 +169,10 @@ class Controller:
             variance_trace: Without ``statistics``, the estimate of :math:`\mathrm{tr}(\Sigma)` for
                 one example's gradient (:attr:`cabs.GradientStatistics.variance_trace`), or one per
                 parameter group. May be left out where :attr:`due` is false; the average then stays.
+            expected_gradient_norm_squared: Beside ``variance_trace``, where the rule needs it: the
+                unbiased estimate
+                (:attr:`cabs.GradientStatistics.expected_gradient_norm_squared`); of several
+                parameter groups it is the sum.
 
         Returns:
             The decision. A value that is not finite never reaches the averages: the size is held,
@@ -190,14 +196,21 @@ class Controller:
             >>> controller.update(learning_rate=[0.1, 0.01], loss=1.0).batch_size
             40
         """
+        square = expected_gradient_norm_squared
         if statistics is not None:
-            variance_trace, loss = self._read(statistics, variance_trace, loss)
+            if variance_trace is not None or square is not None:
+                raise ValueError(
+                    "variance_trace and expected_gradient_norm_squared must not be given beside "
+                    "statistics, which hold them"
+                )
+            variance_trace, square, loss = self._read(statistics, loss)
         if loss is None:
             raise ValueError("loss must be given, since there are no statistics that hold it")
         observation = Observation(
             as_floats(learning_rate, "learning_rate"),
             None if variance_trace is None else as_floats(variance_trace, "variance_trace"),
             as_float(loss, "loss"),
+            None if square is None else sum(as_floats(square, "expected_gradient_norm_squared")),
         )
         state, decision = decide(self._configuration, self._state, observation)
         if decision.batch_size == 1 and decision.reason is Reason.VARIANCE_NOT_FINITE:
@@ -213,11 +226,9 @@ class Controller:
         return decision
 
     def _read(
-        self, statistics: Any, variance_trace: Scalars | None, loss: Scalar | None
-    ) -> tuple[Scalars, Scalar | None]:
-        """Return the variance and the loss of statistics."""
-        if variance_trace is not None:
-            raise ValueError("variance_trace must not be given beside statistics, which hold it")
+        self, statistics: Any, loss: Scalar | None
+    ) -> tuple[Scalars, Scalars | None, Scalar | None]:
+        """Return the variance, the gradient's squared norm if it is needed, and the loss."""
         # Those of an adapter are read in one go.
         numbers = statistics.read() if hasattr(statistics, "read") else statistics
         if not hasattr(numbers, "variance_trace"):
@@ -227,7 +238,10 @@ class Controller:
             )
         is_biased = self._configuration.single_precision
         trace = numbers.biased_variance_trace if is_biased else numbers.variance_trace
-        return trace, getattr(numbers, "loss", None) if loss is None else loss
+        square = None
+        if self._configuration.rule.needs_gradient:
+            square = numbers.expected_gradient_norm_squared
+        return trace, square, getattr(numbers, "loss", None) if loss is None else loss
 
     def state_dict(self) -> dict[str, Any]:
         """Return the settings and the state as plain values that JSON can hold.

@@ -16,13 +16,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cabs.control.averages import debiased_step, debiased_weight
+from cabs.control.averages import Averages, debiased_step, debiased_weight
 from cabs.control.configuration import Configuration
-from cabs.control.rules import coupled
+from cabs.control.curve import Curve, extended
+from cabs.control.rules import CABS, Progress
 
 
 class Reason(StrEnum):
-    """Why a decision chose its batch size. In the last five nothing was decided: it was held.
+    """Why a decision chose its batch size. In the last seven nothing was decided: it was held.
 
     Example:
         >>> Reason.MAXIMUM.value, Reason.MAXIMUM.held
@@ -47,6 +48,10 @@ class Reason(StrEnum):
     """The observation was left out; one example alone shows no variance."""
     LOSS_NOT_FINITE = "loss not finite"
     """The observation was left out."""
+    GRADIENT_NOT_FINITE = "gradient not finite"
+    """The observation was left out."""
+    NO_PROGRESS = "no progress"
+    """The loss does not fall and is not positive, so that the rule for the least time has none."""
     LOSS_AT_FLOOR = "loss at floor"
     """The averaged loss is at or under the floor, where the rule has no value."""
     RULE_NOT_FINITE = "rule not finite"
@@ -63,6 +68,8 @@ _HELD = frozenset(
         Reason.LEARNING_RATE_NOT_FINITE,
         Reason.VARIANCE_NOT_FINITE,
         Reason.LOSS_NOT_FINITE,
+        Reason.GRADIENT_NOT_FINITE,
+        Reason.NO_PROGRESS,
         Reason.LOSS_AT_FLOOR,
         Reason.RULE_NOT_FINITE,
     }
@@ -86,23 +93,8 @@ class Observation(NamedTuple):
     """One per parameter group; None at a step without a measurement."""
     loss: float
     """Mean loss of the batch."""
-
-
-class Averages(NamedTuple):
-    """The smoothed observations.
-
-    Example:
-        >>> Averages(variance_trace=(900.0,), variance_weight=1.0, loss=1.5, loss_weight=1.0).loss
-        1.5
-    """
-
-    variance_trace: tuple[float, ...]
-    """One per parameter group; empty before the first measurement."""
-    variance_weight: float
-    """Total weight of the measurements in them."""
-    loss: float
-    loss_weight: float
-    """Total weight of the observations in it."""
+    expected_gradient_norm_squared: float | None = None
+    """That of all parameters, unbiased; None unless the rule needs it."""
 
 
 class State(NamedTuple):
@@ -124,6 +116,8 @@ class State(NamedTuple):
     learning_rate_factor: float
     """That of the last decision."""
     averages: Averages
+    curve: Curve = ()
+    """The loss over all steps, if the rule needs it."""
 
 
 class Decision(NamedTuple):
@@ -180,7 +174,7 @@ def initial_state(configuration: Configuration) -> State:
         age=configuration.every,
         batch_size=configuration.batch_size,
         learning_rate_factor=1.0,
-        averages=Averages((), 0.0, 0.0 if configuration.debias else 1.0, 0.0),
+        averages=Averages((), 0.0, 0.0 if configuration.debias else 1.0, 0.0, 0.0, 0.0),
     )
 
 
@@ -207,25 +201,31 @@ def decide(
         >>> state.step, decision.batch_size
         (2, 60)
     """
-    rates, traces, _ = observation
-    _check(configuration, state, rates, traces)
+    rates, traces, loss, _ = observation
+    _check(configuration, state, observation)
+    rule = configuration.rule
     average = _debiased if configuration.debias else _published
-    averages = average(configuration, state.averages, observation)
-    excess = averages.loss - configuration.loss_floor
-    batch_size, factor, raw = state.batch_size, state.learning_rate_factor, None
-    if 0.0 < excess < math.inf:
-        rule = _published_rule if configuration.single_precision else coupled
-        raw = rule(rates, averages.variance_trace, excess)
-    # A rate or trace that is not finite, now or in the averages, leaves no finite value.
-    if raw is None or not math.isfinite(raw):
+    averages, curve = average(configuration, state.averages, observation), state.curve
+    if rule.needs_curve and math.isfinite(loss):
+        curve = extended(curve, loss)
+    batch_size, factor = state.batch_size, state.learning_rate_factor
+    if configuration.single_precision:
+        raw = _published_rule(rates, averages)
+    else:
+        raw = rule.asked(rates, averages, curve, batch_size)
+    # A rate or trace that is not finite leaves the paper's rule without a finite value; others do
+    # not look at everything.
+    is_sound = type(rule) is CABS or _is_finite(observation)
+    if raw is None or not is_sound or not math.isfinite(raw):
         reason = _why_held(configuration, observation, averages)
-        if reason not in (Reason.LOSS_AT_FLOOR, Reason.RULE_NOT_FINITE):
-            averages, raw = state.averages, None
+        if reason not in _WITHOUT_VALUE:
+            averages, curve, raw = state.averages, state.curve, None
         elif raw is not None:
             raw = None if math.isnan(raw) else math.copysign(sys.float_info.max, raw)
     if raw is not None:
         batch_size, reason = _choose(configuration, batch_size, raw)
-        factor = batch_size / raw if raw > configuration.sizes.maximum else 1.0
+        is_capped = raw > configuration.sizes.maximum
+        factor = rule.rate_factor(batch_size, raw) if is_capped else 1.0
     measured = traces is not None and averages is not state.averages
     means = averages.variance_trace
     after = State(
@@ -235,6 +235,7 @@ def decide(
         batch_size,
         factor,
         averages,
+        curve,
     )
     decision = Decision(
         state.step,
@@ -249,14 +250,20 @@ def decide(
     return after, decision
 
 
-def _check(
-    configuration: Configuration,
-    state: State,
-    rates: tuple[float, ...],
-    traces: tuple[float, ...] | None,
-) -> None:
+# Where the observation was taken in, and the rule has no value.
+_WITHOUT_VALUE = (Reason.LOSS_AT_FLOOR, Reason.NO_PROGRESS, Reason.RULE_NOT_FINITE)
+
+
+def _check(configuration: Configuration, state: State, observation: Observation) -> None:
     """Raise ValueError if an observation does not fit the state."""
+    rates, traces, _, square = observation
     known = state.averages.variance_trace
+    if (square is None) != (traces is None or not configuration.rule.needs_gradient):
+        raise ValueError(
+            "expected_gradient_norm_squared must be given with the variance where the rule needs "
+            f"it, and only there, got {square} for {configuration.rule}; give what an adapter "
+            "returned, or both numbers"
+        )
     for rate in rates:
         if rate < 0.0:
             raise ValueError(f"learning_rate must be at least 0, got learning_rate = {rate}")
@@ -279,18 +286,33 @@ def _check(
         )
 
 
+def _is_finite(observation: Observation) -> bool:
+    rates, traces, loss, square = observation
+    return all(map(math.isfinite, (*rates, *(traces or ()), loss, square or 0.0)))
+
+
 def _why_held(configuration: Configuration, observation: Observation, averages: Averages) -> Reason:
     """Return why the averages, with the observation in them, give the rule no finite value."""
-    rates, traces, loss = observation
+    rates, traces, loss, square = observation
     if not (math.isfinite(loss) and math.isfinite(averages.loss)):
         return Reason.LOSS_NOT_FINITE
     if not all(map(math.isfinite, rates)):
         return Reason.LEARNING_RATE_NOT_FINITE
     if not all(map(math.isfinite, (*(traces or ()), *averages.variance_trace))):
         return Reason.VARIANCE_NOT_FINITE
-    if averages.loss <= configuration.loss_floor:
+    if not (math.isfinite(square or 0.0) and math.isfinite(averages.gradient_square)):
+        return Reason.GRADIENT_NOT_FINITE
+    rule = configuration.rule
+    if isinstance(rule, CABS) and averages.loss <= rule.loss_floor:
         return Reason.LOSS_AT_FLOOR
+    if isinstance(rule, Progress) and averages.loss <= rule.loss_floor:
+        return Reason.NO_PROGRESS
     return Reason.RULE_NOT_FINITE
+
+
+# Over how many times as many steps the gradient's norm is averaged, a small difference of large
+# numbers.
+_LONGER = 5.0
 
 
 def _debiased(
@@ -298,8 +320,8 @@ def _debiased(
 ) -> Averages:
     """Return the debiased averages with the observation in them."""
     smoothing = configuration.smoothing
-    means, weight, loss, loss_weight = averages
-    _, values, observed = observation
+    means, weight, loss, loss_weight, square, square_weight = averages
+    _, values, observed, measured = observation
     loss_weight = debiased_weight(loss_weight, smoothing)
     if values is not None:
         weight = debiased_weight(weight, smoothing)
@@ -307,7 +329,11 @@ def _debiased(
             means = (debiased_step(means[0] if means else 0.0, values[0], weight),)
         else:
             means = tuple(map(debiased_step, means or repeat(0.0), values, repeat(weight)))
-    return Averages(means, weight, debiased_step(loss, observed, loss_weight), loss_weight)
+    if measured is not None:
+        square_weight = debiased_weight(square_weight, 1.0 - (1.0 - smoothing) / _LONGER)
+        square = debiased_step(square, measured, square_weight)
+    loss = debiased_step(loss, observed, loss_weight)
+    return Averages(means, weight, loss, loss_weight, square, square_weight)
 
 
 def _published(
@@ -321,18 +347,23 @@ def _published(
         return float(smoothing * number(mean) + (number(1.0) - smoothing) * number(value))
 
     means, weight, values = *averages[:2], observation.variance_trace
+    square, square_weight, measured = *averages[4:], observation.expected_gradient_norm_squared
     with np.errstate(all="ignore"):
         if values is not None:
             means, weight = tuple(map(step, means or repeat(0.0), values)), 1.0
-        return Averages(means, weight, step(averages.loss, observation.loss), 1.0)
+        if measured is not None:
+            square, square_weight = step(square, measured), 1.0
+        loss = step(averages.loss, observation.loss)
+        return Averages(means, weight, loss, 1.0, square, square_weight)
 
 
-def _published_rule(
-    rates: tuple[float, ...], traces: tuple[float, ...], excess_loss: float
-) -> float:
+def _published_rule(rates: tuple[float, ...], averages: Averages) -> float | None:
     """Return the rule's value in the precision and order of operations of the authors' code."""
+    traces = averages.variance_trace
+    if not 0.0 < averages.loss < math.inf:
+        return None
     with np.errstate(all="ignore"):
-        loss = np.float32(excess_loss)
+        loss = np.float32(averages.loss)
         if len(rates) == 1:
             total = sum(map(np.float32, traces), np.float32(0.0))
             return float(np.float32(rates[0]) * (total / loss))

@@ -10,8 +10,10 @@ import dataclasses
 import math
 from typing import Any
 
+from cabs.control.averages import Averages
 from cabs.control.configuration import Configuration
-from cabs.control.decision import Averages, State, is_due
+from cabs.control.curve import steps_in
+from cabs.control.decision import State, is_due
 from cabs.values.formats import check_mark, check_whole
 
 _FORMAT = "cabs.control.controller"
@@ -26,7 +28,11 @@ def write_state(configuration: Configuration, state: State) -> dict[str, Any]:
         "format": _FORMAT,
         "version": _VERSION,
         "configuration": configuration.to_json(),
-        "state": {**values, "variance_trace": list(state.averages.variance_trace)},
+        "state": {
+            **values,
+            "variance_trace": list(state.averages.variance_trace),
+            "curve": [list(bucket) for bucket in state.curve],
+        },
     }
 
 
@@ -49,6 +55,7 @@ def read_state(state_dict: Any) -> tuple[Configuration, State]:
         )
         plain = {name: values[name] for name in State._fields if name != "averages"}
         plain["learning_rate_factor"] = float(plain["learning_rate_factor"])
+        plain["curve"] = tuple((length, float(mean)) for length, mean in plain["curve"])
         state = State(**plain, averages=averages)
         if state.batch_size not in configuration.sizes:
             raise ValueError(f"it has batch_size = {state.batch_size}, which its sizes exclude")
@@ -57,6 +64,10 @@ def read_state(state_dict: Any) -> tuple[Configuration, State]:
             raise ValueError("its counts contradict each other")
         if not averages.variance_weight <= averages.loss_weight <= most:
             raise ValueError("its averages weigh more than they can")
+        if steps_in(state.curve) > state.step or (
+            state.curve and not configuration.rule.needs_curve
+        ):
+            raise ValueError("its curve is not that of its steps")
         measured = bool(averages.variance_trace)
         weighted = averages.variance_weight > 0.0
         unseen = averages.loss_weight == 0.0 and state.step > state.held
@@ -93,6 +104,13 @@ def _is_weight(value: Any) -> bool:
     return _is_finite(value) and value >= 0.0
 
 
+def _is_curve(value: Any) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(one, list) and len(one) == 2 and _is_count(one[0]) and _is_finite(one[1])
+        for one in value
+    )
+
+
 # What each value of a state must be.
 _KINDS: dict[str, Any] = {
     "step": _is_count,
@@ -104,4 +122,7 @@ _KINDS: dict[str, Any] = {
     "variance_weight": _is_weight,
     "loss": _is_finite,
     "loss_weight": _is_weight,
+    "gradient_square": _is_finite,
+    "gradient_weight": _is_weight,
+    "curve": _is_curve,
 }

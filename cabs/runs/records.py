@@ -67,6 +67,9 @@ def write_record(decision: Decision, measurements: Mapping[str, Scalar]) -> byte
             "learning_rate": _plain(observation.learning_rate),
             "variance_trace": _plain(observation.variance_trace),
             "loss": _number(observation.loss),
+            "expected_gradient_norm_squared": (
+                None if observation[3] is None else _number(observation[3])
+            ),
             "batch_size": decision.batch_size,
             "raw": decision.raw,
             # The sum over parameter groups can overflow, though each is finite.
@@ -139,6 +142,7 @@ _AS_WRITTEN = {
     "learning_rate": "numbers",
     "variance_trace": "numbers or none",
     "loss": "number",
+    "expected_gradient_norm_squared": "number or none",
     "batch_size": "integer",
     "raw": "number or none",
     "average_variance_trace": "number or none",
@@ -163,13 +167,16 @@ def _read_as_written(line: bytes) -> tuple[Decision, dict[str, int | float]] | N
         found = _match(line.decode("ascii"))
         if found is None:
             return None
-        step, rates, traces, loss, size, raw, trace, average, reason, factor, pairs = found.groups()
+        step, rates, traces, loss, square, size, raw, trace, average, reason, factor, pairs = (
+            found.groups()
+        )
         observation = _make(
             Observation,
             (
                 (float(rates),) if rates[0] != "[" else _read_list(rates),
                 (float(traces),) if traces[0] not in "[n" else _read_list(traces),
                 float(loss),
+                None if square == "null" else float(square),
             ),
         )
         decision = _make(
@@ -225,7 +232,12 @@ def _read_json(line: bytes) -> tuple[Decision, dict[str, int | float]]:
         average_loss=_float_or_none(record, "average_loss"),
         reason=_REASONS[reason],
         learning_rate_factor=_float(record["learning_rate_factor"], "learning_rate_factor"),
-        observation=Observation(rates, traces, _float(record["loss"], "loss")),
+        observation=Observation(
+            rates,
+            traces,
+            _float(record["loss"], "loss"),
+            _float_or_none(record, "expected_gradient_norm_squared"),
+        ),
     )
     return decision, {
         name: value if type(value) is int else _float(value, f"measurement {name!r}")

@@ -24,8 +24,8 @@ class NotDecidedError(ValueError):
     Example:
         >>> raise NotDecidedError("run.jsonl", 9, 7, differences={"batch_size": (90, 16)})
         Traceback (most recent call last):
-        cabs.runs.replay.NotDecidedError: run.jsonl, line 9, is not what was decided: of step 7 it
-        says batch_size = 90, and 16 follows
+        cabs.runs.replay.NotDecidedError: run.jsonl, line 9, is not what was decided: step 7
+        is logged with batch_size = 90, recomputed 16
     """
 
     def __init__(
@@ -47,12 +47,12 @@ class NotDecidedError(ValueError):
         self.differences = differences or {}
         """What the log says and what follows, by the name of each field that differs."""
         words = ", ".join(
-            f"{name} = {says}, and {follows} follows"
+            f"{name} = {says}, recomputed {follows}"
             for name, (says, follows) in self.differences.items()
         )
         super().__init__(
             f"{path}, line {line}, is not what was decided: "
-            + (damage or f"of step {step} it says {words}")
+            + (damage or f"step {step} is logged with {words}")
         )
 
 

@@ -71,7 +71,7 @@ class Cabs(Constant):
         self._controller = cabs.Controller(
             FIRST,
             sizes=cabs.BatchSizes.range(LEAST, largest),
-            loss_floor=loss_floor,
+            rule=cabs.CABS(loss_floor),
             smoothing=smoothing,
         )
         super().__init__(FIRST)

@@ -131,7 +131,8 @@ def coupled(
     """Return what makes the paper's rule, with debiased averages."""
 
     def made() -> Method:
-        controller = cabs.Controller(FIRST, sizes=sizes, smoothing=SMOOTHING, loss_floor=loss_floor)
+        rule = cabs.CABS(loss_floor)
+        controller = cabs.Controller(FIRST, sizes=sizes, smoothing=SMOOTHING, rule=rule)
         return Cabs(controller, factor=factor)
 
     return made

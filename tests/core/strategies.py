@@ -4,7 +4,7 @@ import math
 
 from hypothesis import strategies as st
 
-from cabs import BatchSizes, Controller
+from cabs import CABS, BatchSizes, Controller, NoiseScale, NormTest, Progress
 
 sizes = st.one_of(
     st.builds(
@@ -22,8 +22,17 @@ sizes = st.one_of(
 )
 
 
+papers = st.sampled_from([0.0, 0.1, -1.0]).map(CABS)
+others = st.sampled_from(
+    [
+        *(NoiseScale(), NormTest(0.5), Progress(0.0), Progress(300.0, loss_floor=-1.0)),
+        Progress(1000, adaptive=True),
+    ]
+)
+
+
 @st.composite
-def controllers(draw, largest_every=4):
+def controllers(draw, largest_every=4, rules=papers | others):
     """Draw a controller with any settings."""
     allowed = draw(sizes)
     return Controller(
@@ -31,7 +40,7 @@ def controllers(draw, largest_every=4):
         sizes=allowed,
         smoothing=draw(st.floats(0.0, 0.999)),
         debias=draw(st.booleans()),
-        loss_floor=draw(st.sampled_from([0.0, 0.1, -1.0])),
+        rule=draw(rules),
         hysteresis=draw(st.sampled_from([0.0, 0.1, 0.5])),
         max_growth=draw(st.sampled_from([None, 1.1, 2.0])),
         every=draw(st.integers(1, largest_every)),
@@ -63,6 +72,9 @@ def feed(controller, observations):
         given = dict(observation)
         if not controller.due:
             del given["variance_trace"]
+        elif controller.configuration.rule.needs_gradient:
+            # As ordinary, or as strange, as what is there.
+            given["expected_gradient_norm_squared"] = given["loss"]
         decisions.append(controller.update(**given))
     return decisions
 

@@ -70,8 +70,8 @@ def test_the_first_decision_that_differs_is_reported_with_every_field(path):
     assert (result.returncode, result.stderr) == (1, "")
     lines = result.stdout.splitlines()
     assert lines[0] == f"{path}, line 5: the decision of step 3 is another"
-    assert lines[1] == "  step    the log says 9, and 3 follows"
-    assert lines[2] == "  reason  the log says hysteresis, and rule follows"
+    assert lines[1] == "  step    logged 9, recomputed 3"
+    assert lines[2] == "  reason  logged hysteresis, recomputed rule"
     assert lines[-1] == "decisions before it made again and the same: 3"
 
 
@@ -123,7 +123,7 @@ def test_nothing_is_shown_or_drawn_of_a_log_that_was_not_decided(path, capsys, c
     assert main([command, str(path)]) == 1
     said = capsys.readouterr()
     assert said.out == ""
-    assert "line 3, is not what was decided: of step 1 it says step = 7, and 1 foll" in said.err
+    assert "line 3, is not what was decided: step 1 is logged with step = 7, recomp" in said.err
     assert not path.with_suffix(".png").exists()
 
 

@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import cabs
-from cabs import BatchSizes, Controller
+from cabs import CABS, BatchSizes, Controller
 from cabs.control import DebiasedAverage, Reason, cabs_rule
-from tests.core.strategies import controllers, feed, observations, ordinary, updated
+from tests.core.strategies import controllers, feed, observations, ordinary, papers, updated
 
 pytestmark = pytest.mark.filterwarnings("ignore:the batch size is 1:RuntimeWarning")
 
@@ -23,7 +23,7 @@ GOLDEN = Path(__file__).parents[1] / "golden" / "published_decisions.json"
 
 @given(st.lists(ordinary, min_size=1, max_size=30), st.floats(0.0, 0.99))
 def test_a_decision_is_the_rule_of_the_averages_moved_to_the_nearest_size(observed, smoothing):
-    controller = Controller(16, smoothing=smoothing, loss_floor=-1.0)
+    controller = Controller(16, smoothing=smoothing, rule=CABS(-1.0))
     variance, loss = DebiasedAverage(smoothing), DebiasedAverage(smoothing)
     for observation in observed:
         decision = controller.update(**observation)
@@ -43,13 +43,17 @@ def test_a_decision_is_the_rule_of_the_averages_moved_to_the_nearest_size(observ
 positive = st.floats(1e-3, 1e3)
 
 
-@given(controllers(largest_every=1), observations, positive, positive, positive, positive, positive)
+@given(
+    controllers(largest_every=1, rules=papers),
+    observations,
+    *(positive, positive, positive, positive, positive),
+)
 def test_decisions_are_monotone_in_learning_rate_and_variance_and_antitone_in_loss(
     controller, before, rate, trace, loss, more, factor
 ):
     feed(controller, before)
     saved, configuration = controller.state_dict(), controller.configuration
-    loss += max(configuration.loss_floor, 0.0)
+    loss += max(configuration.rule.loss_floor, 0.0)
 
     def decided(**observation):
         twin = Controller.from_configuration(configuration)
@@ -66,7 +70,7 @@ def test_decisions_are_monotone_in_learning_rate_and_variance_and_antitone_in_lo
             base.held
             or larger.held
             or base.raw < 0.0
-            or larger.observation.loss < configuration.loss_floor
+            or larger.observation.loss < configuration.rule.loss_floor
         ):
             continue
         assert larger.raw >= base.raw
@@ -108,7 +112,7 @@ def test_the_published_rule_takes_parameter_groups_too():
 
 @given(st.lists(ordinary, min_size=1, max_size=20))
 def test_without_debiasing_averages_start_at_no_variance_and_a_loss_of_one(observed):
-    controller, variance, loss = Controller(16, debias=False, loss_floor=-1.0), 0.0, 1.0
+    controller, variance, loss = Controller(16, debias=False, rule=CABS(-1.0)), 0.0, 1.0
     for observation in observed:
         decision = controller.update(**observation)
         variance = 0.95 * variance + (1.0 - 0.95) * observation["variance_trace"]

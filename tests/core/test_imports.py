@@ -38,7 +38,8 @@ def test_the_watch_would_notice_an_import():
 def test_all_public_names_exist_and_are_sorted():
     import cabs
 
-    assert cabs.__all__ == sorted(cabs.__all__)
+    # Acronyms first.
+    assert cabs.__all__ == sorted(cabs.__all__, key=lambda name: (not name.isupper(), name))
     assert all(hasattr(cabs, name) for name in cabs.__all__)
 
 

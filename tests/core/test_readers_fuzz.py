@@ -130,8 +130,13 @@ def check_reading(content):
     # A controller can go on from there.
     controller = Controller.from_configuration(run.configuration)
     for decision in run.decisions if run.start.step == 0 else []:
-        rates, traces, loss = decision.observation
-        controller.update(learning_rate=rates, variance_trace=traces, loss=loss)
+        rates, traces, loss, square = decision.observation
+        controller.update(
+            learning_rate=rates,
+            variance_trace=traces,
+            loss=loss,
+            expected_gradient_norm_squared=square,
+        )
     Controller.from_configuration(run.configuration).load_state_dict(controller.state_dict())
     return run.decisions
 
@@ -221,7 +226,8 @@ def test_a_controller_state_changed_once_is_refused_or_becomes_the_state(data, c
     assert check_loading(other, state)
     if check_loading(other, data.draw(changed(state))):
         known = len(other.state_dict()["state"]["variance_trace"])
-        other.update(learning_rate=0.1, variance_trace=[1.0] * max(known, 1), loss=1.0)
+        observed = {"learning_rate": 0.1, "variance_trace": [1.0] * max(known, 1), "loss": 1.0}
+        feed(other, [observed])
 
 
 @given(anything, controllers())

@@ -97,13 +97,13 @@ def test_what_is_no_run_log_is_refused(path, content, message):
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        (b'"batch_size": 16', b'"batch_size": 90', "batch_size = 90, and 16 follows"),
+        (b'"batch_size": 16', b'"batch_size": 90', "batch_size = 90, recomputed 16"),
         (b'"loss": 1.0', b'"loss": 1e400', "loss = Infinity, which is no number"),
         (b'"learning_rate": 0.1', b'"learning_rate": []', "it has no learning_rate"),
         (b'"loss": 1.0', b'"loss": 1.0, "loss": 1.0', "names a value twice"),
         (b'"loss": 1.0', b'"loss": ' + b"[" * 100_000, "nested too deeply"),
-        (b'"reason": "minimum"', b'"reason": "rule"', "reason = rule, and minimum follows"),
-        (b'"step": 0', b'"step": 1', "step = 1, and 0 follows"),
+        (b'"reason": "minimum"', b'"reason": "rule"', "reason = rule, recomputed minimum"),
+        (b'"step": 0', b'"step": 1', "step = 1, recomputed 0"),
     ],
 )
 def test_a_line_that_was_not_decided_is_refused(path, old, new, message):
@@ -132,7 +132,7 @@ def test_a_line_that_was_not_decided_is_refused(path, old, new, message):
         (b'"learning_rate": 0.1', b'"learning_rate": -0.1', "must be at least 0"),
         (b'{"step"', b'[{"step"', "it is no JSON"),
         (b"}}", b"}} 7", "it is no JSON: Extra data"),
-        (b"16", b"\xff", "byte 87 is no UTF-8"),
+        (b"16", b"\xff", "byte 127 is no UTF-8"),
     ],
 )
 def test_a_value_of_another_kind_is_refused_in_words(path, old, new, message):
@@ -153,7 +153,11 @@ def test_the_error_says_line_step_and_every_field_that_differs(path):
     feed(controller, [{"learning_rate": 0.1, "variance_trace": 300.0, "loss": 1.0}] * 4)
     write(path, controller, 3)
     content = path.read_bytes()
-    path.write_bytes(content.replace(b'"step": 5', b'"step": 7').replace(b'"rule"', b'"minimum"'))
+    path.write_bytes(
+        content.replace(b'"step": 5', b'"step": 7').replace(
+            b'"reason": "rule"', b'"reason": "minimum"'
+        )
+    )
     with Replay(path) as replay, pytest.raises(NotDecidedError) as refused:
         list(replay)
     # The first line with a wrong reason comes before the one with a wrong step.

@@ -12,7 +12,7 @@ import tracemalloc
 
 import pytest
 
-from cabs import BatchSizes, Controller
+from cabs import CABS, BatchSizes, Controller
 
 UPDATES = int(os.environ.get("CABS_UPDATES", "20000"))
 
@@ -21,7 +21,7 @@ CONTROLLERS = {
     "multiples": lambda: Controller(32, sizes=BatchSizes.range(8, 4096, multiple_of=8)),
     "grid": lambda: Controller(64, sizes=BatchSizes.geometric(16, 1024), hysteresis=0.2),
     "list": lambda: Controller(7, sizes=[3, 7, 50, 51, 900], max_growth=1.5, every=3),
-    "floor": lambda: Controller(16, loss_floor=1.0, smoothing=0.999),
+    "floor": lambda: Controller(16, rule=CABS(1.0), smoothing=0.999),
     "memoryless": lambda: Controller(16, smoothing=0.0),
     "published": lambda: Controller.as_published(),
 }

@@ -58,7 +58,7 @@ class Run:
     """A training run, with all that it has to save."""
 
     def __init__(self, source, lag):
-        self.controller = cabs.Controller(4, sizes=GRID, smoothing=0.5, loss_floor=0.4)
+        self.controller = cabs.Controller(4, sizes=GRID, smoothing=0.5, rule=cabs.CABS(0.4))
         self.loader = cabs.data.Loader(*source(self.controller), lag=lag)
         self.params = {"w": jnp.zeros(5), "b": jnp.zeros(())}
 

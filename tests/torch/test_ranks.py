@@ -27,7 +27,7 @@ class Run:
         torch.nn.init.zeros_(self.model.bias)
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.15)
         sizes = cabs.BatchSizes.range(6, 60)
-        self.controller = cabs.Controller(6, sizes=sizes, loss_floor=0.45)
+        self.controller = cabs.Controller(6, sizes=sizes, rule=cabs.CABS(0.45))
 
     def step(self, m, inputs, outputs):
         losses = 0.5 * (self.model(inputs.double()).squeeze(1) - outputs).square()

@@ -1,0 +1,221 @@
+"""The rule for the least time: its curve of the loss, its formula, and what it gains."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cabs import (
+    CABS,
+    BatchSizes,
+    Controller,
+    GradientStatistics,
+    NoiseScale,
+    NormTest,
+    Progress,
+)
+from cabs.control.curve import decay_exponent, decrease, extended, mean_loss, steps_in
+
+WIDE = BatchSizes.range(1, 10**6)
+
+
+def curve_of(losses):
+    curve = ()
+    for loss in losses:
+        curve = extended(curve, loss)
+    return curve
+
+
+@given(st.lists(st.floats(-10.0, 10.0), max_size=300), st.floats(0.0, 1.0), st.floats(0.0, 1.0))
+def test_a_curve_holds_the_means_of_what_it_has_seen(losses, start, stop):
+    curve, steps = curve_of(losses), len(losses)
+    assert steps_in(curve) == steps
+    assert len(curve) <= 9 * max(1.0, math.log2(steps + 1))
+    assert all(length & (length - 1) == 0 for length, _ in curve)
+    start, stop = sorted((start * steps, stop * steps))
+    if stop - start < 1e-3:
+        return
+    # As a staircase, each step of which has its loss; a bucket at either end is flattened.
+    edges = np.arange(steps + 1)
+    cumulative = np.concatenate([[0.0], np.cumsum(losses)])
+    exact = np.diff(np.interp([start, stop], edges, cumulative))[0] / (stop - start)
+    longest = max(length for length, _ in curve)
+    assert mean_loss(curve, start, stop) == pytest.approx(
+        exact, abs=1e-9 + 20.0 * 2 * longest / (stop - start) * (longest > 1)
+    )
+
+
+@pytest.mark.parametrize("exponent", [0.2, 0.5, 1.0])
+@pytest.mark.parametrize("steps", [10, 300, 5000])
+def test_the_exponent_of_a_power_law_is_found(exponent, steps):
+    curve = curve_of([3.0 * (k + 0.5) ** -exponent for k in range(steps)])
+    assert decay_exponent(curve, 0.0) == pytest.approx(exponent, rel=0.05)
+    # Relative to a floor that is known.
+    raised = curve_of([7.0 + 3.0 * (k + 0.5) ** -exponent for k in range(steps)])
+    assert decay_exponent(raised, 7.0) == pytest.approx(exponent, rel=0.05)
+
+
+def test_the_first_steps_a_rising_loss_and_a_loss_of_any_sign():
+    assert decay_exponent(curve_of([1.0] * 7), 0.0) == 1.0
+    assert decay_exponent(curve_of(range(1, 50)), 0.0) == 0.05
+    assert decay_exponent(curve_of([-1.0] * 50), 0.0) == 0.05
+    assert decrease(curve_of([1.0] * 7)) == 0.0
+    assert decrease(curve_of(range(50))) < 0.0
+    falling = [-math.log(k + 1.0) for k in range(400)]
+    # Per e-fold of the steps it falls by one.
+    assert decrease(curve_of(falling)) == pytest.approx(1.0, rel=0.02)
+
+
+def fed(rule, losses, *, rate=0.1, trace=100.0, square=None, sizes=WIDE):
+    controller = Controller(16, sizes=sizes, rule=rule, smoothing=0.0)
+    given_square = {} if square is None else {"expected_gradient_norm_squared": square}
+    for loss in losses:
+        decision = controller.update(
+            learning_rate=rate, variance_trace=trace, loss=loss, **given_square
+        )
+    return controller, decision
+
+
+def test_without_overhead_and_for_a_root_it_is_the_paper():
+    losses = [5.0 * (k + 0.5) ** -0.5 for k in range(2000)]
+    _, paper = fed(CABS(), losses)
+    _, ours = fed(Progress(overhead=0.0), losses)
+    assert ours.raw == pytest.approx(paper.raw, rel=0.03)
+
+
+@given(st.floats(0.0, 1e5), st.floats(1e-3, 10.0), st.floats(1e-3, 1e6), st.booleans())
+def test_the_size_solves_its_equation(overhead, rate, trace, is_adaptive):
+    rule = Progress(overhead, adaptive=is_adaptive)
+    square = 2.0 if is_adaptive else None
+    _, decision = fed(rule, [4.0], rate=rate, trace=trace, square=square)
+    # In the first steps the exponent is 1, so that the decrease is the loss.
+    noise, size = rate * trace / (2.0 * 4.0), decision.raw
+    grown = trace / (trace + 2.0 * 16 * square) if is_adaptive else 0.0
+    left, right = size**2 - size * (grown * overhead + noise), noise * overhead
+    assert left == pytest.approx(right, rel=1e-6, abs=1e-9 * (size**2 + 1.0))
+
+
+def test_a_costly_step_a_larger_rate_and_slower_progress_ask_for_more():
+    losses = [5.0 * (k + 0.5) ** -0.5 for k in range(200)]
+    raw = lambda *given, **options: fed(*given, **options)[1].raw  # noqa: E731
+    usual = raw(Progress(100.0), losses)
+    assert raw(Progress(1000.0), losses) > usual
+    assert raw(Progress(100.0), losses, rate=0.2) > usual
+    slower = [losses[-1] * ((k + 0.5) / 199.5) ** -0.2 for k in range(200)]
+    assert raw(Progress(100.0), slower) > usual
+    assert raw(Progress(100.0, adaptive=True), losses, square=0.01) > usual
+
+
+def test_a_rate_of_zero_asks_for_the_smallest_size():
+    _, decision = fed(Progress(100.0), [1.0] * 20, rate=0.0, sizes=BatchSizes.range(8, 64))
+    assert decision.batch_size == 8
+
+
+def test_a_loss_below_its_floor_that_does_not_fall_is_held():
+    controller, decision = fed(Progress(100.0), [-1.0] * 20)
+    assert decision.held
+    assert decision.reason.value == "no progress"
+    assert decision.batch_size == controller.batch_size == 16
+    # It goes on as soon as the loss falls, whatever its sign.
+    for step in range(20):
+        decision = controller.update(learning_rate=0.1, variance_trace=100.0, loss=-2.0 - step)
+    assert not decision.held
+
+
+def test_the_rate_factor_is_the_one_for_which_the_size_is_asked():
+    sizes = BatchSizes.range(8, 64)
+    _, decision = fed(Progress(500.0), [0.5], rate=1.0, trace=1000.0, sizes=sizes)
+    assert decision.batch_size == 64
+    rate = decision.learning_rate_factor
+    _, lowered = fed(Progress(500.0), [0.5], rate=rate, trace=1000.0, sizes=sizes)
+    assert lowered.raw == pytest.approx(64.0)
+
+
+@pytest.mark.parametrize("rule", [Progress(300.0), NormTest(0.7), NoiseScale(), CABS(0.5)])
+def test_a_controller_goes_through_json_in_the_middle_of_a_run(rule):
+    random = np.random.default_rng(0)
+    controllers = [Controller(16, rule=rule), Controller(16, rule=rule)]
+    for step in range(60):
+        numbers = {"learning_rate": 0.1, "variance_trace": random.uniform(50.0, 90.0)}
+        numbers["loss"] = 2.0 + 3.0 / (step + 1.0)
+        if rule.needs_gradient:
+            numbers["expected_gradient_norm_squared"] = random.uniform(0.5, 1.0)
+        first, second = (one.update(**numbers) for one in controllers)
+        assert first == second
+        saved = json.loads(json.dumps(controllers[1].state_dict()))
+        controllers[1] = Controller(16, rule=rule)
+        controllers[1].load_state_dict(saved)
+
+
+@pytest.mark.parametrize(
+    ("rule", "given_square", "message"),
+    [
+        (NoiseScale(), None, "must be given with the variance where the rule needs it"),
+        (CABS(), 1.0, "and only there"),
+        (Progress(10.0), 1.0, "and only there"),
+    ],
+)
+def test_a_gradient_that_is_missing_or_of_no_use_is_refused(rule, given_square, message):
+    with pytest.raises(ValueError, match=message):
+        Controller(16, rule=rule).update(
+            learning_rate=0.1,
+            variance_trace=1.0,
+            loss=1.0,
+            expected_gradient_norm_squared=given_square,
+        )
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: Progress(-1.0), ValueError, r"overhead must be at least 0, got overhead = -1\.0"),
+        (lambda: Progress(math.inf), ValueError, "overhead must be finite, got overhead = inf"),
+        (lambda: Progress(1.0, adaptive=1), TypeError, "adaptive must be a bool"),
+        (lambda: CABS(math.nan), ValueError, "loss_floor must be finite, got loss_floor = nan"),
+        (lambda: CABS("low"), TypeError, "loss_floor must be a number"),
+        (lambda: NormTest(0.0), ValueError, "theta must be above 0 and finite"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(make, error, message):
+    with pytest.raises(error, match=message):
+        make()
+
+
+def time_to(target, size_of, overhead, *, scale=10.0, exponent=0.6, noise=40.0):
+    """Return the time until a loss is reached that falls with steps and rises with noise."""
+    time, size = 0.0, 16.0
+    for step in range(200_000):
+        loss = scale * (step + 1.0) ** -exponent + noise / (2.0 * size)
+        if loss <= target:
+            return time
+        time += overhead + size
+        size = size_of(loss)
+    return math.inf
+
+
+@pytest.mark.parametrize("overhead", [0.0, 128.0, 1024.0, 8192.0])
+def test_in_the_model_it_takes_as_long_as_the_best_constant_size_or_less(overhead):
+    # Of the loss that a run has, as in the derivation; variance times rate is the noise.
+    constants = [2.0**power for power in range(3, 17)]
+    controller = Controller(16, sizes=WIDE, rule=Progress(overhead), smoothing=0.5, hysteresis=0.0)
+
+    def ours(loss):
+        return controller.update(learning_rate=1.0, variance_trace=40.0, loss=loss).batch_size
+
+    target = 0.15
+    best = min(time_to(target, lambda _, size=one: size, overhead) for one in constants)
+    assert time_to(target, ours, overhead) <= 1.1 * best
+
+
+def test_statistics_hold_what_a_rule_needs():
+    statistics = GradientStatistics(4, 4, 50.0, 9.0, loss=2.0)
+    for rule, asked in ((NoiseScale(), 14 / 3 / (47 / 6)), (CABS(), 0.1 * 14 / 3 / 2.0)):
+        decision = Controller(16, rule=rule).update(statistics, learning_rate=0.1)
+        assert decision.raw == pytest.approx(asked)
+    with pytest.raises(ValueError, match="must not be given beside statistics"):
+        Controller(16, rule=NoiseScale()).update(
+            statistics, learning_rate=0.1, expected_gradient_norm_squared=1.0
+        )
