@@ -41,6 +41,7 @@ _left_out: dict[int, weakref.ref[Tensor]] = {}
 def backward(
     losses: Tensor,
     *,
+    parameters: Any = None,
     parameter_groups: Any = None,
     sample: int | None = None,
     chunk: int | None = None,
@@ -61,6 +62,10 @@ def backward(
         losses: One loss an example, shape (m,) with m at least 2, floating point, with a graph.
             The examples may lie along any axis inside the model, as long as no operation mixes
             them. Several losses of a model are added first.
+        parameters: What to measure, an iterable; all parameters by default. The sums are over these
+            alone, and ``measured`` says which share of the elements they are. Norm layers alone
+            cost next to nothing, and show the noise scale of a transformer roughly
+            (:doc:`/statistics`).
         parameter_groups: For one trace a group: an optimizer, or an iterable of iterables
             of parameters, as many as the controller has learning rates. Then the sums are tensors
             of shape (groups,). Parameters in none of them are left out.
@@ -125,6 +130,14 @@ def backward(
             f"uncovered must be 'error', 'microbatches' or 'ignore', got uncovered = {uncovered!r}"
         )
     check_process_group(process_group)
+    if parameters is not None and parameter_groups is not None:
+        raise ValueError(
+            "parameters and parameter_groups must not both be given; parameter_groups=[parameters] "
+            "gives the sums of one group"
+        )
+    is_grouped = parameter_groups is not None
+    if parameters is not None:
+        parameter_groups = [parameters]
     wanted = None if parameter_groups is None else as_groups(parameter_groups)
     start = Layout((examples,), 1, examples)
     numbers = None if wanted is None else wanted.numbers
@@ -142,7 +155,7 @@ def backward(
         missing = [leaf.variable for leaf in walk.refused.values()]
         reason = walk.problems[id(missing[0])]
         warnings.warn(
-            f"the statistics leave out {1.0 - measured:.1%} of the parameters, since {reason}: "
+            f"the statistics leave out {walk.missing:.1%} of the parameters, since {reason}: "
             f"{describe_some(missing)}",
             stacklevel=2,
         )
@@ -181,7 +194,7 @@ def backward(
     squares = summed(measurement.squares) * (examples / measured_examples) / factor**2
     means = summed(measurement.norms) / (factor * examples) ** 2
     squares, means = squares + summed(estimated[0]), means + summed(estimated[1])
-    if wanted is None:
+    if not is_grouped:
         squares, means = squares.squeeze(0), means.squeeze(0)
     estimated_examples = examples - measured_examples
     mean_loss = losses.detach().double().mean()

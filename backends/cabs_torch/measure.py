@@ -44,8 +44,8 @@ class Measurement:
         """Over examples, of the norms of their shares of a gradient."""
         self.norms = SquareSums()
         """Of the gradient itself."""
-        self.gradients: dict[Node, Tensor] = {}
-        """Those that are sums of the examples' gradients."""
+        self._made: list[tuple[Edge, Tensor]] = []
+        """Gradients that are sums of the examples', by what the operation took."""
         self._summed = {meeting.source.origin[0] for meeting in summed}
         self._examples = examples
         self._chunk, self._arrays = chunk, TorchArrays(chunk)
@@ -120,25 +120,29 @@ class Measurement:
     def _see(self, meetings: Sequence[Meeting], cotangents: Sequence[Tensor | None]) -> None:
         """Note what an operation contributes."""
         for meeting in meetings:
-            term = meeting.input.term(cotangents, self._examples)
+            term: Any = meeting.input.term(cotangents, self._examples)
             if term is None:
                 continue
-            use, leaf = Use(term, meeting.source.path), meeting.source.origin[0]
-            if leaf in self._summed:
-                found, self.gradients[leaf] = use.squares_and_sum(self._arrays)
-                self.squares.add(leaf, found)
+            path, origin = meeting.source.path, meeting.source.origin
+            if origin[0] in self._summed:
+                squares, total = term.squares_and_sum(self._arrays)
+                self.squares.add(origin[0], squares)
+                self._made.append((path[0] if path else origin, total[0]))
             else:
-                self._uses[meeting.source.origin].append(use)
+                self._uses[origin].append(Use(term, path))
 
     def hand_over(self) -> None:
-        """Give the parameters the gradients that PyTorch did not compute, by a pass of their own.
+        """Give the parameters the gradients that PyTorch did not compute, by passes of their own.
 
-        What waits for a parameter's gradient sees it then, as in any backward pass.
+        They start where the operation took the parameter, so that what lies between, and whatever
+        waits for a gradient there or at the parameter, sees it as in any backward pass.
         """
-        if self.gradients and self._failure is None:
-            leaves = [leaf.variable for leaf in self.gradients]
-            made = zip(leaves, self.gradients.values(), strict=True)
-            torch.autograd.backward(leaves, [one.to(leaf.dtype) for leaf, one in made])
+        while self._made and self._failure is None:
+            # One after the other, since a gradient that is held elsewhere is copied.
+            (node, output), gradient = self._made.pop(0)
+            given = gradient.to(node._input_metadata[output].dtype)
+            del gradient
+            torch.autograd.backward([GradientEdge(node, output)], [given])
 
     def _push(self, origin: Edge, leaves: Sequence[Node], _: Sequence[Tensor | None]) -> None:
         """Push each example's gradient through what was computed from parameters alone."""

@@ -27,7 +27,7 @@ class BatchStatistics(GradientStatistics):
 
     Args:
         measured: Which share of the parameters' elements the sums are over; 1 unless some were
-            left out with ``uncovered="ignore"``.
+            left out, by ``parameters``, ``parameter_groups`` or ``uncovered="ignore"``.
 
     Example:
         >>> import torch, cabs_torch

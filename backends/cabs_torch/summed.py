@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 
 from cabs_torch.graph.autograd_nodes import Node, is_leaf, name_of
 from cabs_torch.norms import reductions
@@ -58,12 +59,23 @@ def choose(losses: Tensor, walk: Walk) -> Summed:
         for meeting in candidates
         if any(behind.get(child, False) for child, _ in meeting.node.next_functions)
     ]
+    if not all(map(_is_as_it_was, leaves)):
+        return Summed()
     made = {meeting.source.origin[0] for meeting in chosen}
     return Summed(chosen, [leaf.variable for leaf in leaves if leaf not in made])
 
 
+def _is_as_it_was(leaf: Node) -> bool:
+    """Return whether a parameter still asks for the gradient that the graph would give it.
+
+    It does not if it was frozen, or its data replaced, after the forward pass.
+    """
+    parameter = leaf.variable
+    return parameter.requires_grad and get_gradient_edge(parameter).node is leaf
+
+
 _STRAIGHT = frozenset({*PERMUTING, "ToCopy"})
-"""Operations on a parameter that its gradients are taken back through without a copy."""
+"""Operations on a parameter whose backward pass costs nothing worth speaking of."""
 
 
 def _is_reduced_over_ranks() -> bool:

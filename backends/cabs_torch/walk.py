@@ -7,7 +7,7 @@ names the parameter and the operation; nothing is changed, and no gradient is co
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 from torch import Tensor
@@ -212,6 +212,7 @@ class Walk:
                 if uses[key] > 1:
                     self._refuse(leaf, "is used inside of a reentrant checkpoint and elsewhere")
                 self.hidden[key] = leaf
+        self._elements = _elements({**self.leaves, **self.hidden, **self.refused})
         if self._wanted is not None:
             self.refused = _only(self.refused, self._wanted)
             self.leaves, self.hidden = (_only(x, self._wanted) for x in (self.leaves, self.hidden))
@@ -223,12 +224,13 @@ class Walk:
 
     @property
     def measured(self) -> float:
-        """Which share of the parameters' elements is covered."""
-        covered, missing = (
-            sum(int(leaf.variable.numel()) for leaf in leaves.values())
-            for leaves in ({**self.leaves, **self.hidden}, self.refused)
-        )
-        return covered / max(covered + missing, 1)
+        """Which share of the parameters' elements is covered, and wanted."""
+        return _elements({**self.leaves, **self.hidden}) / max(self._elements, 1)
+
+    @property
+    def missing(self) -> float:
+        """Which share of the parameters' elements is wanted, and not covered."""
+        return _elements(self.refused) / max(self._elements, 1)
 
     def _all_meetings(self) -> Iterator[Meeting]:
         yield from self.meetings
@@ -262,6 +264,10 @@ class Walk:
                 raise _error(culprit, problem)
             self.refused[id(leaf.variable)] = leaf
             self.problems.setdefault(id(leaf.variable), _why(culprit, problem))
+
+
+def _elements(leaves: Mapping[int, Node]) -> int:
+    return sum(int(leaf.variable.numel()) for leaf in leaves.values())
 
 
 def _only(leaves: dict[int, Node], wanted: Container[int]) -> dict[int, Node]:

@@ -11,6 +11,10 @@ from typing import NamedTuple
 
 from cabs.values.scalars import Scalar, as_float
 
+# Over how many times as many steps the gradient's norm is averaged, a small difference of large
+# numbers.
+LONGER = 5.0
+
 
 class Averages(NamedTuple):
     """The smoothed observations.

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cabs.control.averages import Averages, debiased_step, debiased_weight
+from cabs.control.averages import LONGER, Averages, debiased_step, debiased_weight
 from cabs.control.configuration import Configuration
 from cabs.control.curve import Curve, extended
 from cabs.control.rules import CABS, Progress
@@ -226,6 +226,8 @@ def decide(
         batch_size, reason = _choose(configuration, batch_size, raw)
         is_capped = raw > configuration.sizes.maximum
         factor = rule.rate_factor(batch_size, raw) if is_capped else 1.0
+        # Rounding is not to make it more than one, or nothing.
+        factor = min(max(factor, sys.float_info.min), 1.0)
     measured = traces is not None and averages is not state.averages
     means = averages.variance_trace
     after = State(
@@ -310,11 +312,6 @@ def _why_held(configuration: Configuration, observation: Observation, averages: 
     return Reason.RULE_NOT_FINITE
 
 
-# Over how many times as many steps the gradient's norm is averaged, a small difference of large
-# numbers.
-_LONGER = 5.0
-
-
 def _debiased(
     configuration: Configuration, averages: Averages, observation: Observation
 ) -> Averages:
@@ -330,7 +327,7 @@ def _debiased(
         else:
             means = tuple(map(debiased_step, means or repeat(0.0), values, repeat(weight)))
     if measured is not None:
-        square_weight = debiased_weight(square_weight, 1.0 - (1.0 - smoothing) / _LONGER)
+        square_weight = debiased_weight(square_weight, 1.0 - (1.0 - smoothing) / LONGER)
         square = debiased_step(square, measured, square_weight)
     loss = debiased_step(loss, observed, loss_weight)
     return Averages(means, weight, loss, loss_weight, square, square_weight)

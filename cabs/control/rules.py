@@ -285,9 +285,9 @@ class _OfGradient:
     def _of(self, trace: float, square: float) -> float:
         raise NotImplementedError
 
-    def rate_factor(self, size: int, asked: float) -> float:
-        """Return the factor for which the rule asks for the size."""
-        return size / asked
+    def rate_factor(self, size: int, asked: float) -> float:  # noqa: ARG002
+        """Return 1: what the rule asks for does not depend on the learning rate."""
+        return 1.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ import dataclasses
 import math
 from typing import Any
 
-from cabs.control.averages import Averages
+from cabs.control.averages import LONGER, Averages
 from cabs.control.configuration import Configuration
 from cabs.control.curve import steps_in
 from cabs.control.decision import State, is_due
@@ -68,10 +68,14 @@ def read_state(state_dict: Any) -> tuple[Configuration, State]:
             state.curve and not configuration.rule.needs_curve
         ):
             raise ValueError("its curve is not that of its steps")
+        rule, due = configuration.rule, is_due(configuration, state)
+        if averages.gradient_weight > (LONGER * most if rule.needs_gradient else 0.0):
+            raise ValueError("its gradient weighs more than it can")
         measured = bool(averages.variance_trace)
         weighted = averages.variance_weight > 0.0
         unseen = averages.loss_weight == 0.0 and state.step > state.held
-        if measured != weighted or unseen or not (measured or is_due(configuration, state)):
+        is_whole = measured and (averages.gradient_weight > 0.0 or not rule.needs_gradient)
+        if measured != weighted or unseen or not (is_whole or due):
             raise ValueError("its averages and their weights contradict each other")
     except (TypeError, AttributeError, OverflowError, ValueError) as error:
         raise ValueError(f"this state is damaged: {error}") from error
@@ -87,9 +91,22 @@ def carry_over(before: Configuration, state: State, after: Configuration) -> Sta
             f"the averages of this state are of another kind: {unlike}; these settings cannot "
             "change within a run"
         )
-    # Where nothing was measured yet, a measurement stays due.
-    age = state.age if state.averages.variance_trace else max(state.age, after.every)
-    return state._replace(batch_size=after.sizes.nearest(state.batch_size), age=age)
+    averages, curve, rule = state.averages, state.curve, after.rule
+    if rule.needs_curve and steps_in(curve) < state.step - state.held:
+        raise ValueError(
+            f"{rule} takes the loss over all steps, which this state, of {before.rule}, does not "
+            "hold; begin a run with the rule, or go on with the one before"
+        )
+    if not rule.needs_curve:
+        curve = ()
+    if not rule.needs_gradient:
+        averages = averages._replace(gradient_square=0.0, gradient_weight=0.0)
+    is_whole = averages.gradient_weight > 0.0 or not rule.needs_gradient
+    # Where something was not measured yet, a measurement stays due.
+    is_measured = is_whole and averages.variance_trace
+    age = state.age if is_measured else max(state.age, after.every)
+    size = after.sizes.nearest(state.batch_size)
+    return state._replace(batch_size=size, age=age, averages=averages, curve=curve)
 
 
 def _is_count(value: Any) -> bool:
@@ -106,7 +123,11 @@ def _is_weight(value: Any) -> bool:
 
 def _is_curve(value: Any) -> bool:
     return isinstance(value, list) and all(
-        isinstance(one, list) and len(one) == 2 and _is_count(one[0]) and _is_finite(one[1])
+        isinstance(one, list)
+        and len(one) == 2
+        and _is_count(one[0])
+        and one[0].bit_count() == 1
+        and _is_finite(one[1])
         for one in value
     )
 

@@ -219,3 +219,70 @@ def test_statistics_hold_what_a_rule_needs():
         Controller(16, rule=NoiseScale()).update(
             statistics, learning_rate=0.1, expected_gradient_norm_squared=1.0
         )
+
+
+def after(controller, rule, **settings):
+    """Return a controller with another rule that goes on from the state of one."""
+    other = Controller(16, rule=rule, **settings)
+    other.load_state_dict(controller.state_dict(), changed_settings=True)
+    Controller(16, rule=rule, **settings).load_state_dict(other.state_dict())
+    return other
+
+
+def test_the_rule_of_a_run_can_be_changed_where_the_state_holds_what_it_needs():
+    numbers = {"learning_rate": 0.1, "variance_trace": 100.0, "loss": 1.0}
+    progress, paper = Controller(16, rule=Progress(50.0)), Controller(16, every=5)
+    for controller in (progress, paper):
+        for _ in range(3):
+            controller.update(**numbers) if controller.due else controller.update(
+                learning_rate=0.1, loss=1.0
+            )
+    assert after(progress, CABS()).update(**numbers).raw == pytest.approx(10.0)
+    assert after(progress, Progress(90.0)).update(**numbers).raw > 10.0
+    with pytest.raises(ValueError, match="takes the loss over all steps, which this state"):
+        after(paper, Progress(50.0), every=5)
+    # The gradient has not been measured, so that a measurement is due.
+    scale = after(paper, NoiseScale(), every=5)
+    assert scale.due
+    assert scale.update(**numbers, expected_gradient_norm_squared=4.0).raw == pytest.approx(25.0)
+    assert not after(scale, CABS(), every=5).due
+
+
+def test_a_gradient_hidden_in_noise_asks_for_the_largest_size_and_leaves_the_rate():
+    for rule in (NoiseScale(), NormTest(0.5)):
+        decision = Controller(16, rule=rule).update(
+            learning_rate=0.1, loss=1.0, variance_trace=100.0, expected_gradient_norm_squared=-0.1
+        )
+        assert (decision.batch_size, decision.learning_rate_factor) == (2048, 1.0)
+
+
+@given(st.floats(0.0, 1e300), st.floats(0.0, 1e300), st.floats(0.0, 1e300))
+def test_the_rate_factor_is_above_zero_and_at_most_one(overhead, rate, trace):
+    controller = Controller(16, sizes=[16, 100], rule=Progress(overhead))
+    decision = controller.update(learning_rate=rate, variance_trace=trace, loss=1.0)
+    assert 0.0 < decision.learning_rate_factor <= 1.0
+    Controller(16, sizes=[16, 100], rule=Progress(overhead)).load_state_dict(
+        controller.state_dict()
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("curve", [[0, 1.0]]),
+        ("curve", [[3, 1.0]]),
+        ("curve", [[1, 1.0]] * 9),
+        ("gradient_weight", 0.0),
+        ("gradient_weight", 1e300),
+    ],
+)
+def test_a_state_that_no_run_has_is_refused(name, value):
+    rule = Progress(10.0, adaptive=True)
+    controller = Controller(16, rule=rule, every=3)
+    controller.update(
+        learning_rate=0.1, variance_trace=1.0, loss=1.0, expected_gradient_norm_squared=1.0
+    )
+    state = controller.state_dict()
+    state["state"][name] = value
+    with pytest.raises(ValueError, match="this state is damaged"):
+        Controller(16, rule=rule, every=3).load_state_dict(state)

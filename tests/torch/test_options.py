@@ -364,3 +364,26 @@ def test_a_controller_takes_statistics_as_they_are(kind):
     trace = statistics.read().variance_trace
     loss = decision.observation.loss
     assert decision == alone.update(learning_rate=rates, variance_trace=trace, loss=loss)
+
+
+def test_some_parameters_alone_are_measured_and_their_share_is_said():
+    torch.manual_seed(0)
+    model = Residual()
+    inputs, targets = batch(6)
+    wanted = [model.stem.weight, model.head.bias]
+    statistics = cabs_torch.backward(cross_entropy(model(inputs), targets), parameters=wanted)
+    total = sum(one.numel() for one in model.parameters())
+    assert statistics.measured == pytest.approx(sum(one.numel() for one in wanted) / total)
+    assert all(one.grad is not None for one in model.parameters())
+    model.zero_grad()
+    grouped = cabs_torch.backward(
+        cross_entropy(model(inputs), targets), parameter_groups=[[one] for one in wanted]
+    )
+    assert grouped.measured == statistics.measured
+    torch.testing.assert_close(statistics.group_square_sum, grouped.group_square_sum.sum())
+    torch.testing.assert_close(
+        statistics.gradient_norm_squared, grouped.gradient_norm_squared.sum()
+    )
+    losses = cross_entropy(model(inputs), targets)
+    with pytest.raises(ValueError, match="must not both be given"):
+        cabs_torch.backward(losses, parameters=wanted, parameter_groups=[wanted])

@@ -275,3 +275,52 @@ def test_a_small_network_is_left_to_pytorch(monkeypatch):
     monkeypatch.undo()
     model, words, labels = words_and_model()
     assert chosen(F.relu(word_losses(model(words), labels))) == 0
+
+
+def test_a_cotangent_of_one_position_is_not_written_to():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.GroupNorm(4, 16), nn.Conv2d(16, 32, 2, stride=2))
+    inputs = torch.randn(6, 16, 2, 2)
+    losses_of = lambda model: model(inputs).flatten(1).square().mean(dim=1)  # noqa: E731
+    plain = copy.deepcopy(model)
+    losses_of(plain).mean().backward()
+    cabs_torch.backward(losses_of(model), chunk=1)
+    for one, other in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad)
+
+
+def test_what_was_frozen_or_replaced_after_the_forward_pass_is_left_to_pytorch():
+    for change in (
+        lambda model: model[1].weight.requires_grad_(False),
+        lambda model: model[1].bias.requires_grad_(False),
+        lambda model: setattr(model[1].bias, "data", model[1].bias.data.double()),
+    ):
+        model, words, labels = words_and_model()
+        plain = copy.deepcopy(model)
+        for one in (model, plain):
+            losses = word_losses(one(words), labels)
+            change(one)
+            assert chosen(losses) == 0
+            losses.mean().backward() if one is plain else cabs_torch.backward(losses)
+        for one, other in zip(model.parameters(), plain.parameters(), strict=True):
+            assert (one.grad is None) == (other.grad is None)
+            if one.grad is not None:
+                assert torch.equal(one.grad, other.grad)
+
+
+def test_hooks_between_a_weight_and_its_use_see_its_gradient():
+    torch.manual_seed(0)
+    table, matrix = nn.Embedding(9, 4), nn.Parameter(torch.randn(6, 4))
+    words = torch.randint(9, (5, 7))
+    found = []
+    for bitwise in (True, False):
+        matrix.grad, seen = None, []
+        turned = matrix.t()
+        turned.retain_grad()
+        turned.register_hook(seen.append)
+        losses = (table(words) @ turned).tanh().square().sum(dim=(1, 2))
+        assert chosen(losses) == 1
+        cabs_torch.backward(losses, bitwise=bitwise)
+        found.append((matrix.grad, turned.grad, *seen))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)

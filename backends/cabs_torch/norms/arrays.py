@@ -109,7 +109,8 @@ class TorchArrays:
             # Squared and added up while they are in the processor's cache.
             found = rows(*(one[part] for one in operands))
             squares.append(reductions.square(found))
-            summed = found[:1] if len(found) == 1 else found.sum(dim=0, keepdim=True)
+            # Of one example too: what was found can be the cotangent itself.
+            summed = found.sum(dim=0, keepdim=True)
             total = summed if total is None else total.add_(summed)
         assert total is not None
         return torch.stack(squares).sum(), total

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,12 +41,6 @@ class Use:
         """Return some examples' gradients of the parameter, shape (examples, *shape)."""
         operands = (one[part] for one in self.term.operands)
         return back(self.term.gradient(arrays, *operands), self.path)
-
-    def squares_and_sum(self, arrays: TorchArrays) -> tuple[Tensor, Tensor]:
-        """Return the squared norms, and the sum of the gradients of the parameter."""
-        term: Any = self.term
-        squares, total = term.squares_and_sum(arrays)
-        return squares, back(total, self.path)[0]
 
     def straight(self) -> Use:
         """Return the same use without casts and transpositions, where the term can do without."""
