@@ -21,6 +21,7 @@ from cabs.values.scalars import as_integer
 from cabs_torch.errors import describe
 from cabs_torch.graph.reentrant_checkpoints import is_reentrant_checkpoint
 from cabs_torch.norms import reductions
+from cabs_torch.norms.sums import SquareSums
 from cabs_torch.options import as_groups
 from cabs_torch.ranks import check_process_group, check_whole, unreduced
 from cabs_torch.statistics import BatchStatistics
@@ -82,7 +83,7 @@ class Accumulation:
         self._partial, self._loss = PartialStatistics(), reductions.zero(self._device)
         self._seen: set[int] = set()
         self._scale: Tensor | float = 1.0
-        self._before = self._roots_of_gradients()
+        self._before = self._squares_of_gradients()
         self._versions = self._states()
         self._is_broken = False
 
@@ -131,10 +132,9 @@ class Accumulation:
         share = examples / self._batch_size
         scaled = loss * share if scaler is None else scaler.scale(loss * share)
         self._scale = 1.0 if scaler is None else scaler.scale(torch.ones_like(loss)).double()
-        norms: list[list[Tensor]] = [[] for _ in range(self._count)]
-        seen: set[int] = set()
+        squares, seen = SquareSums(), set[int]()
         hooks = [
-            node.register_prehook(partial(self._see, norms, seen, parameter))
+            node.register_prehook(partial(self._see, squares, seen, parameter))
             for node, parameter in zip(nodes, trained, strict=True)
         ]
         self._is_broken = True
@@ -148,7 +148,7 @@ class Accumulation:
         self._seen |= seen
         self._loss = self._loss + share * loss.detach().to(self._device, torch.float64)
         self._versions = self._states()
-        summed = self._summed(norms) / (share * self._scale) ** 2
+        summed = self._summed(squares) / (share * self._scale) ** 2
         self._partial += PartialStatistics.of_group(examples, summed)
 
     def complete(self) -> BatchStatistics:
@@ -172,9 +172,9 @@ class Accumulation:
             )
         self._groups.check_measured(self._seen)
         self._check_gradients()
-        squares = self._summed(self._roots_of_gradients()) / self._scale**2
+        squares = self._squares_of_gradients() / self._scale**2
         # No branch, which would wait for the device.
-        nothing = torch.where(self._summed(self._before) == 0.0, 0.0, torch.nan)
+        nothing = torch.where(self._before == 0.0, 0.0, torch.nan)
         loss, self._loss = self._loss, reductions.zero(self._device)
         self._partial, self._seen = PartialStatistics(), set()
         square_sum = whole.group_square_sum + nothing
@@ -188,7 +188,7 @@ class Accumulation:
                 "gradients; set them to zero and make a new cabs_torch.Accumulation"
             )
         if not self._partial.groups:
-            self._before = self._roots_of_gradients()
+            self._before = self._squares_of_gradients()
         elif self._versions != self._states():
             raise RuntimeError(
                 "gradients were changed between microbatches, by another backward pass, or by an "
@@ -200,16 +200,17 @@ class Accumulation:
         gradients = [parameter.grad for parameter in self._parameters]
         return [None if one is None else (id(one), one._version) for one in gradients]
 
-    def _roots_of_gradients(self) -> list[list[Tensor]]:
-        norms: list[list[Tensor]] = [[] for _ in range(self._count)]
+    def _squares_of_gradients(self) -> Tensor:
+        squares = SquareSums()
         for parameter in self._parameters:
             if parameter.grad is not None:
-                norms[self._numbers[id(parameter)]].extend(reductions.partial_norms(parameter.grad))
-        return norms
+                squares.square(self._numbers[id(parameter)], parameter.grad)
+        # At once: gradients that are held would be those of later microbatches.
+        return self._summed(squares)
 
     def _see(
         self,
-        norms: list[list[Tensor]],
+        squares: SquareSums,
         seen: set[int],
         parameter: Tensor,
         gradients: tuple[Tensor | None, ...],
@@ -222,8 +223,8 @@ class Accumulation:
                 "checkpoints do; use checkpoints with use_reentrant=False"
             )
         seen.add(id(parameter))
-        norms[self._numbers[id(parameter)]].extend(reductions.partial_norms(gradients[0]))
+        squares.square(self._numbers[id(parameter)], gradients[0])
 
-    def _summed(self, norms: list[list[Tensor]]) -> Tensor:
-        sums = [reductions.squares_of(some, self._device) for some in norms]
-        return torch.stack(sums) if self._is_grouped else sums[0]
+    def _summed(self, squares: SquareSums) -> Tensor:
+        sums = squares.by_group(int, self._count, self._device)
+        return sums if self._is_grouped else sums[0]

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from cabs import GradientStatistics
 from cabs_torch.norms import reductions
+from cabs_torch.norms.sums import SquareSums
 from cabs_torch.options import as_groups
 from cabs_torch.ranks import check_process_group, check_whole
 
@@ -121,8 +122,9 @@ def gradient_norm_squared(
         id(one) for group in groups for one in group if one.grad is not None
     )
     device = next(gradient.device for gradients in given for gradient in gradients)
-    norms = [
-        [norm for one in gradients for norm in reductions.partial_norms(one)] for gradients in given
-    ]
-    sums = [reductions.squares_of(some, device) for some in norms]
-    return torch.stack(sums) if isinstance(parameters, torch.optim.Optimizer) else sums[0]
+    squares = SquareSums()
+    for number, gradients in enumerate(given):
+        for gradient in gradients:
+            squares.square(number, gradient)
+    sums = squares.by_group(int, len(given), device)
+    return sums if isinstance(parameters, torch.optim.Optimizer) else sums[0]

@@ -8,6 +8,7 @@ is an immutable object with its settings.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar, Protocol
 
@@ -265,7 +266,7 @@ class Progress:
         return (size / asked) * (size / (overhead + size)) * (1.0 + overhead / asked)
 
 
-class _OfGradient:
+class _OfGradient(ABC):
     """What takes the squared norm of the expected gradient, and nothing but averages."""
 
     __slots__ = ()
@@ -282,8 +283,9 @@ class _OfGradient:
         """Return the size that the rule asks for."""
         return self._of(sum(averages.variance_trace), averages.gradient_square)
 
+    @abstractmethod
     def _of(self, trace: float, square: float) -> float:
-        raise NotImplementedError
+        """Return the size for an averaged variance and squared gradient."""
 
     def rate_factor(self, size: int, asked: float) -> float:  # noqa: ARG002
         """Return 1: what the rule asks for does not depend on the learning rate."""
