@@ -6,7 +6,7 @@ UAI 2017, arXiv 1612.05086). What most loops need is here; :mod:`cabs.control`,
 alone, and imports no framework.
 """
 
-from cabs.control import CABS, BatchSizes, Controller, NoiseScale, NormTest, Progress
+from cabs.control import CABS, BatchSizes, Controller, NoiseScale, NormTest, Progress, Stopwatch
 from cabs.data import BatchSampler, MemoryCap, StreamSampler, split
 from cabs.gradients import GradientMoments, GradientStatistics, PartialStatistics
 from cabs.runs import RunLog, read_run
@@ -25,6 +25,7 @@ __all__ = [
     "PartialStatistics",
     "Progress",
     "RunLog",
+    "Stopwatch",
     "StreamSampler",
     "atomic_write",
     "read_run",

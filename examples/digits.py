@@ -1,6 +1,7 @@
-"""Trains a small network on images while CABS sets the batch size.
+"""Trains a small network on images while a rule sets the batch size.
 
     python examples/digits.py
+    python examples/digits.py --rule progress
     python examples/digits.py --backend jax
     python examples/digits.py --backend tensorflow
     python examples/digits.py --backend numpy
@@ -21,6 +22,8 @@ import training
 from cabs.plot import plot_run
 from datasets import load
 
+RULES = {"cabs": cabs.CABS(), "progress": cabs.Progress()}
+
 
 def arguments() -> argparse.Namespace:
     """Return what the command line asks for."""
@@ -32,6 +35,12 @@ def arguments() -> argparse.Namespace:
         "--data", choices=("digits", "mnist", "fashion-mnist", "cifar10"), default="digits"
     )
     parser.add_argument("--data-dir", type=Path, help="folder that holds the published files")
+    parser.add_argument(
+        "--rule",
+        choices=RULES,
+        default="cabs",
+        help="the paper's, or the one for the least time, which measures what a step costs",
+    )
     parser.add_argument("--learning-rate", type=float, default=0.2)
     parser.add_argument("--epochs", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0)
@@ -48,7 +57,8 @@ def main() -> None:
     trainer = training.trainer(options.backend, tuple(image_shape), classes, options.seed)
 
     sizes = cabs.BatchSizes.range(16, min(2048, examples))
-    controller = cabs.Controller(16, sizes=sizes)
+    controller = cabs.Controller(16, sizes=sizes, rule=RULES[options.rule])
+    watch = cabs.Stopwatch()
     sampler = cabs.BatchSampler(examples, controller, seed=options.seed)
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / "run.jsonl"
@@ -65,6 +75,7 @@ def main() -> None:
                     learning_rate=options.learning_rate,
                     variance_trace=step.variance_trace,
                     loss=step.loss,
+                    seconds=watch,
                 )
                 # Below 1 only where the rule asks for more than the largest batch.
                 rate = options.learning_rate * decision.learning_rate_factor
@@ -81,6 +92,13 @@ def main() -> None:
     figure = options.out / "run.png"
     plot_run(run).savefig(figure, dpi=150)
     print(f"batch sizes from {min(used)} to {max(used)} in {len(used)} steps")
+    if controller.step_cost is not None:
+        cost = controller.step_cost
+        print(
+            f"a step takes {cost.fixed * 1e3:.2f} ms and {cost.per_example * 1e6:.2f} us an "
+            f"example: as long as {cost.overhead:.0f} examples more, give or take "
+            f"{cost.deviation:.0f}"
+        )
     print(f"test accuracy {trainer.accuracy(data.test_images, data.test_labels):.4f}")
     print(f"log {path}, figure {figure}")
 

@@ -7,6 +7,7 @@ state between the calls. Imports ``cabs.values`` alone; knows nothing of data an
 from cabs.control.averages import Averages, DebiasedAverage
 from cabs.control.configuration import Configuration
 from cabs.control.controller import Controller
+from cabs.control.costs import StepCost
 from cabs.control.decision import (
     Decision,
     Observation,
@@ -15,16 +16,17 @@ from cabs.control.decision import (
     decide,
     initial_state,
 )
+from cabs.control.progress import Progress
 from cabs.control.rules import (
     CABS,
     NoiseScale,
     NormTest,
-    Progress,
     cabs_rule,
     noise_scale_rule,
     norm_test,
 )
 from cabs.control.sizes import BatchSizes
+from cabs.control.stopwatch import Stopwatch
 
 __all__ = [
     "CABS",
@@ -40,6 +42,8 @@ __all__ = [
     "Progress",
     "Reason",
     "State",
+    "StepCost",
+    "Stopwatch",
     "cabs_rule",
     "decide",
     "initial_state",

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from cabs.control.averages import check_smoothing
-from cabs.control.rules import PAPER, RULES, Rule, rule_from_json, rule_to_json
+from cabs.control.registry import RULES, rule_from_json, rule_to_json
+from cabs.control.rules import PAPER, Rule
 from cabs.control.sizes import BatchSizes
 from cabs.values.scalars import as_bool, as_float, as_integer
 

@@ -11,10 +11,12 @@ from collections.abc import Iterable
 from typing import Any
 
 from cabs.control.configuration import DEFAULT_SIZES, Configuration
+from cabs.control.costs import StepCost
 from cabs.control.decision import Decision, Observation, Reason, decide, initial_state, is_due
 from cabs.control.rules import PAPER, Rule
 from cabs.control.sizes import BatchSizes
 from cabs.control.state import carry_over, read_state, write_state
+from cabs.control.stopwatch import Stopwatch
 from cabs.values.scalars import Scalar, Scalars, as_float, as_floats
 
 
@@ -141,6 +143,11 @@ class Controller:
         return self._state.held
 
     @property
+    def step_cost(self) -> StepCost | None:
+        """What a step was measured to take; None before, or where the rule does not measure it."""
+        return self._state.clock.cost
+
+    @property
     def configuration(self) -> Configuration:
         """The settings, immutable."""
         return self._configuration
@@ -153,6 +160,7 @@ class Controller:
         loss: Scalar | None = None,
         variance_trace: Scalars | None = None,
         expected_gradient_norm_squared: Scalars | None = None,
+        seconds: Scalar | Stopwatch | None = None,
     ) -> Decision:
         r"""Take in what one step showed, and set :attr:`batch_size`.
 
@@ -173,6 +181,9 @@ class Controller:
                 unbiased estimate
                 (:attr:`cabs.GradientStatistics.expected_gradient_norm_squared`); of several
                 parameter groups it is the sum.
+            seconds: What the step took, of the examples of ``statistics``, or of
+                :attr:`batch_size`; or a :class:`cabs.Stopwatch`. Needed where the rule measures
+                what a step costs; the log keeps it anyway.
 
         Returns:
             The decision. A value that is not finite never reaches the averages: the size is held,
@@ -181,8 +192,8 @@ class Controller:
         Raises:
             TypeError: If an argument is no number, or ``statistics`` hold none.
             ValueError: If a learning rate is negative, the loss, or a variance that is due, is
-                missing or given twice, or the numbers of parameter groups do not fit. Nothing has
-                changed then.
+                missing or given twice, seconds are missing where the rule needs them or are
+                negative, or the numbers of parameter groups do not fit. Nothing has changed then.
 
         Example:
             Two parameter groups, and a step without a measurement:
@@ -196,14 +207,14 @@ class Controller:
             >>> controller.update(learning_rate=[0.1, 0.01], loss=1.0).batch_size
             40
         """
-        square = expected_gradient_norm_squared
+        square, examples = expected_gradient_norm_squared, self.batch_size
         if statistics is not None:
             if variance_trace is not None or square is not None:
                 raise ValueError(
                     "variance_trace and expected_gradient_norm_squared must not be given beside "
                     "statistics, which hold them"
                 )
-            variance_trace, square, loss = self._read(statistics, loss)
+            variance_trace, square, loss, examples = self._read(statistics, loss)
         if loss is None:
             raise ValueError("loss must be given, since there are no statistics that hold it")
         observation = Observation(
@@ -211,6 +222,7 @@ class Controller:
             None if variance_trace is None else as_floats(variance_trace, "variance_trace"),
             as_float(loss, "loss"),
             None if square is None else sum(as_floats(square, "expected_gradient_norm_squared")),
+            *self._timed(seconds, examples),
         )
         state, decision = decide(self._configuration, self._state, observation)
         if decision.batch_size == 1 and decision.reason is Reason.VARIANCE_NOT_FINITE:
@@ -227,8 +239,8 @@ class Controller:
 
     def _read(
         self, statistics: Any, loss: Scalar | None
-    ) -> tuple[Scalars, Scalars | None, Scalar | None]:
-        """Return the variance, the gradient's squared norm if it is needed, and the loss."""
+    ) -> tuple[Scalars, Scalars | None, Scalar | None, int]:
+        """Return variance, the gradient's squared norm if it is needed, loss and examples."""
         # Those of an adapter are read in one go.
         numbers = statistics.read() if hasattr(statistics, "read") else statistics
         if not hasattr(numbers, "variance_trace"):
@@ -241,7 +253,27 @@ class Controller:
         square = None
         if self._configuration.rule.needs_gradient:
             square = numbers.expected_gradient_norm_squared
-        return trace, square, getattr(numbers, "loss", None) if loss is None else loss
+        loss = getattr(numbers, "loss", None) if loss is None else loss
+        return trace, square, loss, getattr(numbers, "examples", self.batch_size)
+
+    def _timed(
+        self, seconds: Scalar | Stopwatch | None, examples: int
+    ) -> tuple[float | None, int | None]:
+        """Return the seconds of a step and its examples; None twice if it was not timed."""
+        if seconds is None and self._configuration.rule.needs_clock:
+            raise ValueError(
+                "seconds must be given, since the rule measures what a step costs: pass a "
+                "cabs.Stopwatch() at every update, or name the overhead, as "
+                "cabs.Progress(overhead=512)"
+            )
+        # Only now, when the statistics have arrived.
+        taken = seconds.lap() if isinstance(seconds, Stopwatch) else seconds
+        if taken is None:
+            return None, None
+        number = as_float(taken, "seconds")
+        if number < 0.0:
+            raise ValueError(f"seconds must be at least 0, got seconds = {number}")
+        return number, examples
 
     def state_dict(self) -> dict[str, Any]:
         """Return the settings and the state as plain values that JSON can hold.

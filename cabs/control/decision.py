@@ -18,8 +18,9 @@ import numpy as np
 
 from cabs.control.averages import LONGER, Averages, debiased_step, debiased_weight
 from cabs.control.configuration import Configuration
+from cabs.control.costs import Clock, timed
 from cabs.control.curve import Curve, extended
-from cabs.control.rules import CABS, Progress
+from cabs.control.rules import CABS, Known
 
 
 class Reason(StrEnum):
@@ -42,6 +43,8 @@ class Reason(StrEnum):
     """The rule asks for a change too small to be made."""
     GROWTH = "growth limit"
     """The rule asks for more growth than one step may bring."""
+    EXPLORING = "exploring"
+    """The size is varied, so that the clock shows what a step costs."""
     LEARNING_RATE_NOT_FINITE = "learning rate not finite"
     """The observation was left out."""
     VARIANCE_NOT_FINITE = "variance not finite"
@@ -95,6 +98,10 @@ class Observation(NamedTuple):
     """Mean loss of the batch."""
     expected_gradient_norm_squared: float | None = None
     """That of all parameters, unbiased; None unless the rule needs it."""
+    seconds: float | None = None
+    """What the step took; None where nobody timed it."""
+    examples: int | None = None
+    """How many examples it was, if it was timed."""
 
 
 class State(NamedTuple):
@@ -118,6 +125,8 @@ class State(NamedTuple):
     averages: Averages
     curve: Curve = ()
     """The loss over all steps, if the rule needs it."""
+    clock: Clock = Clock()
+    """What steps took, if the rule needs it."""
 
 
 class Decision(NamedTuple):
@@ -201,18 +210,21 @@ def decide(
         >>> state.step, decision.batch_size
         (2, 60)
     """
-    rates, traces, loss, _ = observation
+    rates, traces, loss, _, seconds, examples = observation
     _check(configuration, state, observation)
     rule = configuration.rule
     average = _debiased if configuration.debias else _published
     averages, curve = average(configuration, state.averages, observation), state.curve
     if rule.needs_curve and math.isfinite(loss):
         curve = extended(curve, loss)
-    batch_size, factor = state.batch_size, state.learning_rate_factor
+    batch_size, factor, clock = state.batch_size, state.learning_rate_factor, state.clock
+    if rule.needs_clock and seconds is not None and examples is not None:
+        clock = timed(clock, examples, seconds)
+    overhead = clock.cost.overhead if clock.cost else 0.0
     if configuration.single_precision:
         raw = _published_rule(rates, averages)
     else:
-        raw = rule.asked(rates, averages, curve, batch_size)
+        raw = rule.asked(rates, Known(averages, curve, batch_size, overhead))
     # A rate or trace that is not finite leaves the paper's rule without a finite value; others do
     # not look at everything.
     is_sound = type(rule) is CABS or _is_finite(observation)
@@ -223,9 +235,12 @@ def decide(
         elif raw is not None:
             raw = None if math.isnan(raw) else math.copysign(sys.float_info.max, raw)
     if raw is not None:
-        batch_size, reason = _choose(configuration, batch_size, raw)
+        if clock.steps and clock.explores and len(configuration.sizes) > 1:
+            batch_size, reason = _explored(configuration, clock, batch_size, raw)
+        else:
+            batch_size, reason = _choose(configuration, batch_size, raw)
         is_capped = raw > configuration.sizes.maximum
-        factor = rule.rate_factor(batch_size, raw) if is_capped else 1.0
+        factor = rule.rate_factor(batch_size, raw, overhead) if is_capped else 1.0
         # Rounding is not to make it more than one, or nothing.
         factor = min(max(factor, sys.float_info.min), 1.0)
     measured = traces is not None and averages is not state.averages
@@ -238,6 +253,7 @@ def decide(
         factor,
         averages,
         curve,
+        clock,
     )
     decision = Decision(
         state.step,
@@ -258,7 +274,7 @@ _WITHOUT_VALUE = (Reason.LOSS_AT_FLOOR, Reason.NO_PROGRESS, Reason.RULE_NOT_FINI
 
 def _check(configuration: Configuration, state: State, observation: Observation) -> None:
     """Raise ValueError if an observation does not fit the state."""
-    rates, traces, _, square = observation
+    rates, traces, _, square = observation[:4]
     known = state.averages.variance_trace
     if (square is None) != (traces is None or not configuration.rule.needs_gradient):
         raise ValueError(
@@ -289,13 +305,13 @@ def _check(configuration: Configuration, state: State, observation: Observation)
 
 
 def _is_finite(observation: Observation) -> bool:
-    rates, traces, loss, square = observation
+    rates, traces, loss, square = observation[:4]
     return all(map(math.isfinite, (*rates, *(traces or ()), loss, square or 0.0)))
 
 
 def _why_held(configuration: Configuration, observation: Observation, averages: Averages) -> Reason:
     """Return why the averages, with the observation in them, give the rule no finite value."""
-    rates, traces, loss, square = observation
+    rates, traces, loss, square = observation[:4]
     if not (math.isfinite(loss) and math.isfinite(averages.loss)):
         return Reason.LOSS_NOT_FINITE
     if not all(map(math.isfinite, rates)):
@@ -305,11 +321,8 @@ def _why_held(configuration: Configuration, observation: Observation, averages: 
     if not (math.isfinite(square or 0.0) and math.isfinite(averages.gradient_square)):
         return Reason.GRADIENT_NOT_FINITE
     rule = configuration.rule
-    if isinstance(rule, CABS) and averages.loss <= rule.loss_floor:
-        return Reason.LOSS_AT_FLOOR
-    if isinstance(rule, Progress) and averages.loss <= rule.loss_floor:
-        return Reason.NO_PROGRESS
-    return Reason.RULE_NOT_FINITE
+    is_at_floor = averages.loss <= getattr(rule, "loss_floor", -math.inf)
+    return Reason(rule.held_reason) if is_at_floor else Reason.RULE_NOT_FINITE
 
 
 def _debiased(
@@ -318,7 +331,7 @@ def _debiased(
     """Return the debiased averages with the observation in them."""
     smoothing = configuration.smoothing
     means, weight, loss, loss_weight, square, square_weight = averages
-    _, values, observed, measured = observation
+    _, values, observed, measured = observation[:4]
     loss_weight = debiased_weight(loss_weight, smoothing)
     if values is not None:
         weight = debiased_weight(weight, smoothing)
@@ -390,3 +403,16 @@ def _choose(configuration: Configuration, current: int, raw: float) -> tuple[int
         if size > limit:
             return limit, Reason.GROWTH
     return size, reason
+
+
+def _explored(
+    configuration: Configuration, clock: Clock, current: int, raw: float
+) -> tuple[int, Reason]:
+    """Return the smallest size, or one a good deal larger than what is asked for, in turn."""
+    sizes = configuration.sizes
+    if not clock.tries_larger:
+        return sizes.minimum, Reason.EXPLORING
+    size = sizes.nearest(max(4.0 * raw, 8.0 * sizes.minimum))
+    if configuration.max_growth is not None and size > current:
+        size = min(size, sizes.limit_growth(current, configuration.max_growth))
+    return size, Reason.EXPLORING

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import asdict, dataclass, fields
-from typing import Any, ClassVar, Protocol
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple, Protocol
 
 from cabs.control.averages import Averages
-from cabs.control.curve import Curve, decay_exponent, decrease
-from cabs.values.scalars import Scalar, Scalars, as_bool, as_float, as_floats
+from cabs.control.curve import Curve
+from cabs.values.scalars import Scalar, Scalars, as_finite, as_float, as_floats
 
 # Batch sizes, in examples. A denominator at or under zero leaves nothing to divide the noise by.
 
@@ -128,28 +128,35 @@ def _everything_unless_nan(sum_of_values: float) -> float:
     return math.nan if math.isnan(sum_of_values) else math.inf
 
 
-def _finite(value: Scalar, name: str) -> float:
-    number = as_float(value, name)
-    if not math.isfinite(number):
-        raise ValueError(f"{name} must be finite, got {name} = {number}")
-    return number
+class Known(NamedTuple):
+    """What a rule may ask for a size with."""
+
+    averages: Averages
+    curve: Curve
+    """The loss over all steps; empty unless the rule needs it."""
+    batch_size: int
+    """That of the last batch."""
+    overhead: float
+    """What a step was measured to cost besides its examples, in examples; 0 where it was not."""
 
 
 class Rule(Protocol):
     """What drives a controller, from the averages of what it was told."""
 
     name: ClassVar[str]
+    held_reason: ClassVar[str]
+    """Why the size is held where the loss is at or under the floor and the rule has no value."""
     needs_gradient: ClassVar[bool]
     """Whether it takes the squared norm of the expected gradient."""
     needs_curve: ClassVar[bool]
     """Whether it takes the loss over all steps."""
+    needs_clock: ClassVar[bool]
+    """Whether it takes the seconds of a step."""
 
-    def asked(
-        self, rates: tuple[float, ...], averages: Averages, curve: Curve, batch_size: int
-    ) -> float | None:
+    def asked(self, rates: tuple[float, ...], known: Known) -> float | None:
         """Return the size that it asks for; None where it has no value."""
 
-    def rate_factor(self, size: int, asked: float) -> float:
+    def rate_factor(self, size: int, asked: float, overhead: float) -> float:
         """Return by how much to lower the learning rate, where a size is smaller than asked."""
 
 
@@ -172,122 +179,45 @@ class CABS:
     """
 
     name: ClassVar[str] = "CABS"
+    held_reason: ClassVar[str] = "loss at floor"
     needs_gradient: ClassVar[bool] = False
     needs_curve: ClassVar[bool] = False
+    needs_clock: ClassVar[bool] = False
     loss_floor: float = 0.0
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "loss_floor", _finite(self.loss_floor, "loss_floor"))
+        object.__setattr__(self, "loss_floor", as_finite(self.loss_floor, "loss_floor"))
 
-    def asked(
-        self,
-        rates: tuple[float, ...],
-        averages: Averages,
-        curve: Curve,  # noqa: ARG002
-        batch_size: int,  # noqa: ARG002
-    ) -> float | None:
+    def asked(self, rates: tuple[float, ...], known: Known) -> float | None:
         """Return the size that the rule asks for; None where it has no value."""
+        averages = known.averages
         excess = averages.loss - self.loss_floor
         return coupled(rates, averages.variance_trace, excess) if 0.0 < excess < math.inf else None
 
-    def rate_factor(self, size: int, asked: float) -> float:
+    def rate_factor(self, size: int, asked: float, overhead: float) -> float:  # noqa: ARG002
         """Return the factor for which the rule asks for the size."""
         return size / asked
-
-
-@dataclass(frozen=True, slots=True)
-class Progress:
-    r"""The rule for the least time, :math:`m^2 = q (h + m)` with :math:`q = \eta V / 2 D`.
-
-    :math:`V` is the variance trace, :math:`D` the decrease of the loss per e-fold of steps, and
-    :math:`h` what a step costs besides its examples, in examples. A step that costs more is worth
-    more examples; noise is allowed in proportion to the progress that is made. For h = 0 and a loss
-    that falls as :math:`F_* + B k^{-1/2}` it is CABS. Derived in :doc:`/progress`.
-
-    Args:
-        overhead: :math:`h`, from the time of a step, :math:`c (h + m)`: how many examples take as
-            long as the part of a step that does not depend on their number.
-        loss_floor: :math:`F_*`, if it is known. It is not needed.
-        adaptive: Whether the optimizer divides by the root of a second moment that the batch is in,
-            as Adam does. Then variance and gradient are those in the metric of its step,
-            :math:`P = 1 / (\sqrt{\hat v} + \epsilon)`, and
-            ``expected_gradient_norm_squared`` is needed too.
-
-    Example:
-        >>> import cabs
-        >>> controller = cabs.Controller(16, rule=cabs.Progress(overhead=512))
-        >>> controller.update(learning_rate=0.1, variance_trace=900.0, loss=1.5).batch_size
-        140
-    """
-
-    name: ClassVar[str] = "Progress"
-    needs_curve: ClassVar[bool] = True
-    overhead: float
-    loss_floor: float = 0.0
-    adaptive: bool = False
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "loss_floor", _finite(self.loss_floor, "loss_floor"))
-        object.__setattr__(self, "overhead", _finite(self.overhead, "overhead"))
-        as_bool(self.adaptive, "adaptive")
-        if self.overhead < 0.0:
-            raise ValueError(f"overhead must be at least 0, got overhead = {self.overhead}")
-
-    @property
-    def needs_gradient(self) -> bool:
-        """Whether it takes the squared norm of the expected gradient."""
-        return self.adaptive
-
-    def asked(
-        self, rates: tuple[float, ...], averages: Averages, curve: Curve, batch_size: int
-    ) -> float | None:
-        """Return the size; None where the loss is not above its floor, and does not fall."""
-        excess = averages.loss - self.loss_floor
-        is_positive = excess > 0.0
-        exponent = decay_exponent(curve, self.loss_floor) if is_positive else 0.0
-        falls = exponent * excess if is_positive else decrease(curve)
-        if not 0.0 < falls < math.inf:
-            return None
-        traces, overhead = averages.variance_trace, self.overhead
-        noise = coupled(rates, traces, 2.0 * falls)
-        if not noise > 0.0:
-            return noise
-        grown = 0.0
-        if self.adaptive:
-            # The second moment holds noise too, which a larger batch takes out of it.
-            trace, square = sum(traces), max(averages.gradient_square, 0.0)
-            grown = trace / (trace + 2.0 * batch_size * square)
-        half = 0.5 * (grown * overhead + noise)
-        return half + math.hypot(half, math.sqrt(noise) * math.sqrt(overhead))
-
-    def rate_factor(self, size: int, asked: float) -> float:
-        """Return the factor for which the rule asks for the size, the decrease being the same."""
-        overhead = self.overhead
-        return (size / asked) * (size / (overhead + size)) * (1.0 + overhead / asked)
 
 
 class _OfGradient(ABC):
     """What takes the squared norm of the expected gradient, and nothing but averages."""
 
     __slots__ = ()
+    held_reason: ClassVar[str] = "rule not finite"
     needs_gradient: ClassVar[bool] = True
     needs_curve: ClassVar[bool] = False
+    needs_clock: ClassVar[bool] = False
 
-    def asked(
-        self,
-        rates: tuple[float, ...],  # noqa: ARG002
-        averages: Averages,
-        curve: Curve,  # noqa: ARG002
-        batch_size: int,  # noqa: ARG002
-    ) -> float | None:
+    def asked(self, rates: tuple[float, ...], known: Known) -> float | None:  # noqa: ARG002
         """Return the size that the rule asks for."""
+        averages = known.averages
         return self._of(sum(averages.variance_trace), averages.gradient_square)
 
     @abstractmethod
     def _of(self, trace: float, square: float) -> float:
         """Return the size for an averaged variance and squared gradient."""
 
-    def rate_factor(self, size: int, asked: float) -> float:  # noqa: ARG002
+    def rate_factor(self, size: int, asked: float, overhead: float) -> float:  # noqa: ARG002
         """Return 1: what the rule asks for does not depend on the learning rate."""
         return 1.0
 
@@ -337,27 +267,3 @@ class NoiseScale(_OfGradient):
 
 
 PAPER = CABS()
-
-RULES: dict[str, type[Any]] = {one.name: one for one in (CABS, NoiseScale, NormTest, Progress)}
-
-
-def rule_to_json(rule: Rule) -> dict[str, Any]:
-    """Return a rule's name and settings as plain values."""
-    settings: Any = rule
-    return {"name": rule.name, **asdict(settings)}
-
-
-def rule_from_json(values: Any) -> Rule:
-    """Return the rule that :func:`rule_to_json` wrote; ValueError if it is none."""
-    if not isinstance(values, dict) or values.get("name") not in RULES:
-        raise ValueError(f"a rule has a name, one of {sorted(RULES)}, got {values!r}")
-    kind = RULES[values["name"]]
-    settings = {name: value for name, value in values.items() if name != "name"}
-    names = {field.name for field in fields(kind)}
-    if settings.keys() != names:
-        raise ValueError(f"the rule {kind.name} holds {sorted(names)}, got {settings!r}")
-    try:
-        rule: Rule = kind(**settings)
-    except TypeError as error:
-        raise ValueError(f"this is no rule: {error}") from error
-    return rule

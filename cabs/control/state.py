@@ -12,6 +12,7 @@ from typing import Any
 
 from cabs.control.averages import LONGER, Averages
 from cabs.control.configuration import Configuration
+from cabs.control.costs import Clock, StepCost
 from cabs.control.curve import steps_in
 from cabs.control.decision import State, is_due
 from cabs.values.formats import check_mark, check_whole
@@ -32,6 +33,13 @@ def write_state(configuration: Configuration, state: State) -> dict[str, Any]:
             **values,
             "variance_trace": list(state.averages.variance_trace),
             "curve": [list(bucket) for bucket in state.curve],
+            "clock": {
+                "timings": [[list(one) for one in group] for group in state.clock.timings],
+                "recent": [list(one) for one in state.clock.recent],
+                "steps": state.clock.steps,
+                "cost": state.clock.cost and list(state.clock.cost),
+                "explores": state.clock.explores,
+            },
         },
     }
 
@@ -56,6 +64,7 @@ def read_state(state_dict: Any) -> tuple[Configuration, State]:
         plain = {name: values[name] for name in State._fields if name != "averages"}
         plain["learning_rate_factor"] = float(plain["learning_rate_factor"])
         plain["curve"] = tuple((length, float(mean)) for length, mean in plain["curve"])
+        plain["clock"] = _read_clock(plain["clock"])
         state = State(**plain, averages=averages)
         if state.batch_size not in configuration.sizes:
             raise ValueError(f"it has batch_size = {state.batch_size}, which its sizes exclude")
@@ -68,6 +77,10 @@ def read_state(state_dict: Any) -> tuple[Configuration, State]:
             state.curve and not configuration.rule.needs_curve
         ):
             raise ValueError("its curve is not that of its steps")
+        if state.clock.steps > state.step or (
+            state.clock.steps and not configuration.rule.needs_clock
+        ):
+            raise ValueError("its clock is not that of its steps")
         rule, due = configuration.rule, is_due(configuration, state)
         if averages.gradient_weight > (LONGER * most if rule.needs_gradient else 0.0):
             raise ValueError("its gradient weighs more than it can")
@@ -99,6 +112,7 @@ def carry_over(before: Configuration, state: State, after: Configuration) -> Sta
         )
     if not rule.needs_curve:
         curve = ()
+    clock = state.clock if rule.needs_clock else Clock()
     if not rule.needs_gradient:
         averages = averages._replace(gradient_square=0.0, gradient_weight=0.0)
     is_whole = averages.gradient_weight > 0.0 or not rule.needs_gradient
@@ -106,7 +120,7 @@ def carry_over(before: Configuration, state: State, after: Configuration) -> Sta
     is_measured = is_whole and averages.variance_trace
     age = state.age if is_measured else max(state.age, after.every)
     size = after.sizes.nearest(state.batch_size)
-    return state._replace(batch_size=size, age=age, averages=averages, curve=curve)
+    return state._replace(batch_size=size, age=age, averages=averages, curve=curve, clock=clock)
 
 
 def _is_count(value: Any) -> bool:
@@ -132,6 +146,34 @@ def _is_curve(value: Any) -> bool:
     )
 
 
+def _read_clock(values: dict[str, Any]) -> Clock:
+    """Return the clock; ValueError if it is none."""
+    try:
+        timings = tuple(map(_read_timings, values["timings"]))
+        cost = None if values["cost"] is None else StepCost(*map(float, values["cost"]))
+        recent, steps, explores = (
+            _read_timings(values["recent"]),
+            values["steps"],
+            values["explores"],
+        )
+        is_sound = _is_count(steps) and type(explores) is bool and all(timings)
+        if cost is not None:
+            is_sound = is_sound and all(map(_is_weight, cost)) and cost.per_example > 0.0
+    except (TypeError, ValueError):
+        is_sound = False
+    if not is_sound:
+        raise ValueError(f"it has clock = {values!r}")
+    return Clock(timings, recent, steps, cost, explores)
+
+
+def _read_timings(values: Any) -> tuple[tuple[int, float], ...]:
+    """Return timings; ValueError or TypeError for what is none."""
+    timings = tuple((examples, float(seconds)) for examples, seconds in values)
+    if not all(_is_count(m) and 0.0 < seconds < math.inf for m, seconds in timings):
+        raise ValueError(values)
+    return timings
+
+
 # What each value of a state must be.
 _KINDS: dict[str, Any] = {
     "step": _is_count,
@@ -146,4 +188,5 @@ _KINDS: dict[str, Any] = {
     "gradient_square": _is_finite,
     "gradient_weight": _is_weight,
     "curve": _is_curve,
+    "clock": lambda value: isinstance(value, dict) and value.keys() == {*Clock._fields},
 }

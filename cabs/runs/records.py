@@ -70,6 +70,8 @@ def write_record(decision: Decision, measurements: Mapping[str, Scalar]) -> byte
             "expected_gradient_norm_squared": (
                 None if observation[3] is None else _number(observation[3])
             ),
+            "seconds": None if observation.seconds is None else _number(observation.seconds),
+            "timed_examples": observation.examples,
             "batch_size": decision.batch_size,
             "raw": decision.raw,
             # The sum over parameter groups can overflow, though each is finite.
@@ -130,6 +132,7 @@ _NUMBER = r"-?(?!0[0-9])[0-9]{1,17}+(?:\.[0-9]++)?+(?:e[-+][0-9][0-9])?+"
 _PAIR = rf'"[ !#-+\--\[\]-~]*+": {_NUMBER}'
 _KINDS = {
     "integer": r"([1-9][0-9]*+|0)",
+    "integer or none": r"([1-9][0-9]*+|0|null)",
     "number": rf"({_NUMBER})",
     "number or none": rf"({_NUMBER}|null)",
     "numbers": rf"({_NUMBER}|\[{_NUMBER}(?:, {_NUMBER})*\])",
@@ -143,6 +146,8 @@ _AS_WRITTEN = {
     "variance_trace": "numbers or none",
     "loss": "number",
     "expected_gradient_norm_squared": "number or none",
+    "seconds": "number or none",
+    "timed_examples": "integer or none",
     "batch_size": "integer",
     "raw": "number or none",
     "average_variance_trace": "number or none",
@@ -167,9 +172,8 @@ def _read_as_written(line: bytes) -> tuple[Decision, dict[str, int | float]] | N
         found = _match(line.decode("ascii"))
         if found is None:
             return None
-        step, rates, traces, loss, square, size, raw, trace, average, reason, factor, pairs = (
-            found.groups()
-        )
+        step, rates, traces, loss, square, seconds, examples, size, *rest = found.groups()
+        raw, trace, average, reason, factor, pairs = rest
         observation = _make(
             Observation,
             (
@@ -177,6 +181,8 @@ def _read_as_written(line: bytes) -> tuple[Decision, dict[str, int | float]] | N
                 (float(traces),) if traces[0] not in "[n" else _read_list(traces),
                 float(loss),
                 None if square == "null" else float(square),
+                None if seconds == "null" else float(seconds),
+                None if examples == "null" else int(examples),
             ),
         )
         decision = _make(
@@ -237,6 +243,8 @@ def _read_json(line: bytes) -> tuple[Decision, dict[str, int | float]]:
             traces,
             _float(record["loss"], "loss"),
             _float_or_none(record, "expected_gradient_norm_squared"),
+            _float_or_none(record, "seconds"),
+            None if record["timed_examples"] is None else _int(record, "timed_examples"),
         ),
     )
     return decision, {

@@ -6,6 +6,7 @@ and no value is guessed from text, truth values or arrays of several dimensions.
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Iterable
 from typing import Any, TypeAlias
@@ -70,6 +71,14 @@ def _rank(value: Any) -> int | None:
         shape = getattr(value, "shape", None)
         rank = None if shape is None else len(shape)
     return rank
+
+
+def as_finite(value: Scalar, name: str) -> float:
+    """Return one number that is finite; ValueError names the argument."""
+    number = as_float(value, name)
+    if not math.isfinite(number):
+        raise ValueError(f"{name} must be finite, got {name} = {number}")
+    return number
 
 
 def as_bool(value: Any, name: str) -> bool:

@@ -26,7 +26,7 @@ papers = st.sampled_from([0.0, 0.1, -1.0]).map(CABS)
 others = st.sampled_from(
     [
         *(NoiseScale(), NormTest(0.5), Progress(0.0), Progress(300.0, loss_floor=-1.0)),
-        Progress(1000, adaptive=True),
+        *(Progress(1000, adaptive=True), Progress(), Progress(seconds={1: 0.1, 40: 0.2})),
     ]
 )
 
@@ -75,6 +75,9 @@ def feed(controller, observations):
         elif controller.configuration.rule.needs_gradient:
             # As ordinary, or as strange, as what is there.
             given["expected_gradient_norm_squared"] = given["loss"]
+        if controller.configuration.rule.needs_clock:
+            # Any time, as strange as the variance is, so that sizes are varied and clocks drift.
+            given["seconds"] = abs(observation["variance_trace"])
         decisions.append(controller.update(**given))
     return decisions
 

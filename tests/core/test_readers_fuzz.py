@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cabs import BatchSampler, Controller, RunLog, read_run
+from cabs import BatchSampler, Controller, RunLog, Stopwatch, read_run
 from cabs.__main__ import main
 from cabs.control import decide
 from cabs.runs import records
@@ -130,12 +130,15 @@ def check_reading(content):
     # A controller can go on from there.
     controller = Controller.from_configuration(run.configuration)
     for decision in run.decisions if run.start.step == 0 else []:
-        rates, traces, loss, square = decision.observation
+        rates, traces, loss, square, seconds, _ = decision.observation
+        if seconds is None and controller.configuration.rule.needs_clock:
+            seconds = Stopwatch()
         controller.update(
             learning_rate=rates,
             variance_trace=traces,
             loss=loss,
             expected_gradient_norm_squared=square,
+            seconds=seconds,
         )
     Controller.from_configuration(run.configuration).load_state_dict(controller.state_dict())
     return run.decisions

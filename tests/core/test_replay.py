@@ -132,7 +132,7 @@ def test_a_line_that_was_not_decided_is_refused(path, old, new, message):
         (b'"learning_rate": 0.1', b'"learning_rate": -0.1', "must be at least 0"),
         (b'{"step"', b'[{"step"', "it is no JSON"),
         (b"}}", b"}} 7", "it is no JSON: Extra data"),
-        (b"16", b"\xff", "byte 127 is no UTF-8"),
+        (b"16", b"\xff", "byte 168 is no UTF-8"),
     ],
 )
 def test_a_value_of_another_kind_is_refused_in_words(path, old, new, message):

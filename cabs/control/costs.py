@@ -1,0 +1,158 @@
+"""What a step costs, from the seconds of the steps themselves: a fixed part, and one an example.
+
+Guarantees: a pure function of the timings; slow first steps, pauses and other outliers move the
+estimate no more than medians do; of any number of timings a bounded number is kept.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Iterable
+from statistics import median
+from typing import NamedTuple
+
+# Timings kept of batches of about one size, the last ones, and from how many these count.
+_KEPT, _ENOUGH = 31, 3
+# Timings between two fits.
+_BETWEEN = 4
+# The last timings, whose median tells whether the clock has drifted, by how much in logarithms.
+_RECENT, _DRIFT = 24, 0.4
+# For how many timings the sizes are varied, at least and at most, and the deviation that ends it.
+_LEAST, _TRIED, _SURE = 16, 64, 0.1
+# A standard deviation over a median absolute deviation, and the standard error of a median over
+# that of a mean, for normal numbers.
+_OF_DEVIATION, _OF_MEDIAN = 1.4826, 1.2533
+
+Timing = tuple[int, float]
+"""The examples of a batch, and the seconds that its step took."""
+Timings = tuple[tuple[Timing, ...], ...]
+"""Those of sizes within a factor of 1.5 together, by size; the oldest timing of each first."""
+
+
+class StepCost(NamedTuple):
+    r"""What a step of m examples takes, :math:`t_0 + c m`, as fitted to timings.
+
+    Example:
+        >>> cost = StepCost(fixed=6e-3, per_example=1e-5, deviation=30.0)
+        >>> round(cost.overhead)
+        600
+    """
+
+    fixed: float
+    r""":math:`t_0`, in seconds."""
+    per_example: float
+    r""":math:`c`, in seconds."""
+    deviation: float
+    """Standard error of :attr:`overhead`, in examples."""
+
+    @property
+    def overhead(self) -> float:
+        r""":math:`h = t_0 / c`: how many examples take as long as the fixed part of a step."""
+        return self.fixed / self.per_example
+
+
+class Clock(NamedTuple):
+    """The timings that are kept, and the cost fitted to them."""
+
+    timings: Timings = ()
+    recent: tuple[Timing, ...] = ()
+    """The last timings, whatever their sizes."""
+    steps: int = 0
+    """How many there have been since the start, or since the clock drifted."""
+    cost: StepCost | None = None
+    explores: bool = True
+    """Whether sizes are still to be varied, so that the two parts can be told apart."""
+
+    @property
+    def tries_larger(self) -> bool:
+        """Whether it is a larger batch's turn, three steps at a time."""
+        return self.steps // _ENOUGH % 2 == 1
+
+
+def timed(clock: Clock, examples: int, seconds: float) -> Clock:
+    """Return the clock with one more timing, unless it is no positive, finite time."""
+    if not 0.0 < seconds < math.inf:
+        return clock
+    timing = examples, seconds
+    recent, steps = (*clock.recent, timing)[-_RECENT:], clock.steps + 1
+    timings = _sorted_in(clock.timings, [timing])
+    if steps % _BETWEEN:
+        return Clock(timings, recent, steps, clock.cost, clock.explores)
+    if clock.cost is not None and _has_drifted(clock.cost, recent, timings):
+        # Of what was timed before, nothing holds; sizes are varied anew.
+        return Clock(_sorted_in((), recent), (), len(recent))
+    cost = _fitted(timings) or clock.cost
+    explores = (
+        clock.explores and steps < _TRIED and not (steps >= _LEAST and _is_sure(cost, recent))
+    )
+    return Clock(timings, recent, steps, cost, explores)
+
+
+def _is_sure(cost: StepCost | None, recent: tuple[Timing, ...]) -> bool:
+    """Return whether the overhead is known well enough, beside it and the sizes there are."""
+    if cost is None:
+        return False
+    return cost.deviation <= _SURE * (cost.overhead + median(examples for examples, _ in recent))
+
+
+def _sorted_in(timings: Timings, new: Iterable[Timing]) -> Timings:
+    """Return the timings with new ones among those of about the same size."""
+    groups = {_about(one[0][0]): one for one in timings}
+    for timing in new:
+        size = _about(timing[0])
+        groups[size] = (*groups.get(size, ()), timing)[-_KEPT:]
+    return tuple(groups[size] for size in sorted(groups))
+
+
+def _about(examples: int) -> tuple[int, int]:
+    """Return what is alike for sizes within a factor of 1.5: the two leading bits, and how many."""
+    bits = examples.bit_length()
+    return bits, examples >> max(bits - 2, 0)
+
+
+def _has_drifted(cost: StepCost, recent: tuple[Timing, ...], timings: Timings) -> bool:
+    """Return whether the last timings are those of another machine, and not of a noisy one."""
+    ratio = median(seconds / (cost.fixed + cost.per_example * m) for m, seconds in recent)
+    error = _scatter(timings, cost.fixed, cost.per_example) / math.sqrt(len(recent))
+    return abs(math.log(ratio)) > max(_DRIFT, 5.0 * error) and len(recent) == _RECENT
+
+
+def _scatter(timings: Timings, fixed: float, per_example: float) -> float:
+    """Return the relative standard error of one timing, as part of a median of them."""
+    away = [
+        abs(seconds / (fixed + per_example * examples) - 1.0)
+        for one in timings
+        for examples, seconds in one
+    ]
+    return _OF_DEVIATION * _OF_MEDIAN * median(away)
+
+
+def _fitted(timings: Timings) -> StepCost | None:
+    """Return the line through the medians of each size, weighed by their errors."""
+    groups = [one for one in timings if len(one) >= _ENOUGH]
+    if len(groups) < 2:
+        return None
+    sizes = [median(examples for examples, _ in one) for one in groups]
+    times = [median(seconds for _, seconds in one) for one in groups]
+    # The error of a time is in proportion to it.
+    weights = [len(one) / time**2 for one, time in zip(groups, times, strict=True)]
+    total = math.fsum(weights)
+    size = _dot(weights, sizes) / total
+    time = _dot(weights, times) / total
+    away = [one - size for one in sizes]
+    spread = _dot([one * one for one in away], weights)
+    slope = _dot([one * weight for one, weight in zip(away, weights, strict=True)], times) / spread
+    # Medians at sizes that lie together can have a line that falls, or meets zero too late.
+    scatter = _scatter(timings, max(time - slope * size, 0.0), max(slope, 0.0))
+    error = scatter / math.sqrt(spread)
+    # A slope that noise hides is taken for as large as it may be: h is then too small, and finite.
+    slope = max(slope, error, 1e-9 * time / size)
+    fixed = max(time - slope * size, 0.0)
+    # h = time / slope - size, whose two parts err independently.
+    deviation = math.hypot(time / slope * (error / slope), scatter / math.sqrt(total) / slope)
+    return StepCost(fixed, slope, deviation)
+
+
+def _dot(left: Iterable[float], right: Iterable[float]) -> float:
+    return math.fsum(map(operator.mul, left, right))
