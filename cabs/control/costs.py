@@ -24,6 +24,9 @@ _LEAST, _TRIED, _SURE = 16, 64, 0.1
 # that of a mean, for normal numbers.
 _OF_DEVIATION, _OF_MEDIAN = 1.4826, 1.2533
 
+# Seconds that a step can take: what is beyond is a broken clock, and left out.
+SHORTEST, LONGEST = 1e-9, 1e9
+
 Timing = tuple[int, float]
 """The examples of a batch, and the seconds that its step took."""
 Timings = tuple[tuple[Timing, ...], ...]
@@ -71,8 +74,8 @@ class Clock(NamedTuple):
 
 
 def timed(clock: Clock, examples: int, seconds: float) -> Clock:
-    """Return the clock with one more timing, unless it is no positive, finite time."""
-    if not 0.0 < seconds < math.inf:
+    """Return the clock with one more timing, unless no step can take such a time."""
+    if not SHORTEST <= seconds <= LONGEST:
         return clock
     timing = examples, seconds
     recent, steps = (*clock.recent, timing)[-_RECENT:], clock.steps + 1

@@ -47,22 +47,30 @@ def mean_loss(curve: Curve, start: float, stop: float) -> float:
     return total
 
 
-def decay_exponent(curve: Curve, loss_floor: float) -> float:
+def decay_exponent(curve: Curve, loss_floor: float, steps_before: int = 0) -> float:
     r"""Return :math:`\alpha` of a loss that falls as :math:`F_* + B k^{-\alpha}`, in [0.05, 2].
 
     From the means over the last half of the steps and over the quarter before it, whose ratio is
-    :math:`2^\alpha`. 1 in the first eight steps, and 0.05 where the loss does not fall.
+    :math:`2^\alpha`. 1 in the first eight steps, and 0.05 where the loss does not fall. With steps
+    before those of the curve, the two means lie close to each other in :math:`\ln k`, and tell
+    little: 1/2, the paper's, is weighed against what they tell by how much closer, squared.
     """
     steps = steps_in(curve)
     if steps < 8:
-        return 1.0
+        return _USUAL if steps_before else 1.0
     late, early = (value - loss_floor for value in _halves(curve, steps))
     if not (late > 0.0 and early > 0.0):
-        return _SLOWEST
-    return min(max(math.log2(early) - math.log2(late), _SLOWEST), 2.0)
+        found = _SLOWEST
+    else:
+        apart = _apart(steps, steps_before)
+        found = min(max((math.log2(early) - math.log2(late)) / apart, _SLOWEST), 2.0)
+    if not steps_before:
+        return found
+    told = _apart(steps, steps_before) ** 2
+    return told * found + (1.0 - told) * _USUAL
 
 
-def decrease(curve: Curve) -> float:
+def decrease(curve: Curve, steps_before: int = 0) -> float:
     """Return how much the loss falls per e-fold of the steps; negative where it rises.
 
     The difference of the same two means, for a loss of any sign; 0 in the first eight steps.
@@ -72,11 +80,17 @@ def decrease(curve: Curve) -> float:
         return 0.0
     late, early = _halves(curve, steps)
     is_rounding = abs(early - late) <= 1e-9 * max(abs(early), abs(late))
-    return 0.0 if is_rounding else (early - late) / math.log(2.0)
+    return 0.0 if is_rounding else (early - late) / math.log(2.0) / _apart(steps, steps_before)
 
 
-_SLOWEST = 0.05
+_SLOWEST, _USUAL = 0.05, 0.5
 
 
 def _halves(curve: Curve, steps: int) -> tuple[float, float]:
     return mean_loss(curve, steps / 2, steps), mean_loss(curve, steps / 4, steps / 2)
+
+
+def _apart(steps: int, steps_before: int) -> float:
+    """Return how many times the number of steps doubles between the middles of the two."""
+    late, early = steps_before + 0.75 * steps, steps_before + 0.375 * steps
+    return math.log2(late / early) if steps_before else 1.0

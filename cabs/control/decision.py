@@ -19,7 +19,7 @@ import numpy as np
 from cabs.control.averages import LONGER, Averages, debiased_step, debiased_weight
 from cabs.control.configuration import Configuration
 from cabs.control.costs import Clock, timed
-from cabs.control.curve import Curve, extended
+from cabs.control.curve import Curve, extended, steps_in
 from cabs.control.rules import CABS, Known
 
 
@@ -218,13 +218,14 @@ def decide(
     if rule.needs_curve and math.isfinite(loss):
         curve = extended(curve, loss)
     batch_size, factor, clock = state.batch_size, state.learning_rate_factor, state.clock
-    if rule.needs_clock and seconds is not None and examples is not None:
+    if rule.needs_clock and seconds is not None and examples is not None:  # both or none
         clock = timed(clock, examples, seconds)
     overhead = clock.cost.overhead if clock.cost else 0.0
     if configuration.single_precision:
         raw = _published_rule(rates, averages)
     else:
-        raw = rule.asked(rates, Known(averages, curve, batch_size, overhead))
+        before = max(state.step + 1 - state.held - steps_in(curve), 0) if curve else 0
+        raw = rule.asked(rates, Known(averages, curve, before, batch_size, overhead))
     # A rate or trace that is not finite leaves the paper's rule without a finite value; others do
     # not look at everything.
     is_sound = type(rule) is CABS or _is_finite(observation)
@@ -282,6 +283,11 @@ def _check(configuration: Configuration, state: State, observation: Observation)
             f"it, and only there, got {square} for {configuration.rule}; give what an adapter "
             "returned, or both numbers"
         )
+    seconds, examples = observation[4:]
+    if (seconds is None) != (examples is None) or (examples is not None and examples < 1):
+        raise ValueError(f"seconds must be of a number of examples, got examples = {examples}")
+    if seconds is not None and seconds < 0.0:
+        raise ValueError(f"seconds must be at least 0, got seconds = {seconds}")
     for rate in rates:
         if rate < 0.0:
             raise ValueError(f"learning_rate must be at least 0, got learning_rate = {rate}")

@@ -38,6 +38,8 @@ class Progress:
             ``expected_gradient_norm_squared`` is needed too.
         seconds: In place of ``overhead``, what a step takes, in seconds, for each size that may be
             asked for: a mapping. For compiled models, whose cost has steps.
+        steps_before: How many steps the model was trained for already, where a run goes on from a
+            checkpoint that holds no state of a controller.
 
     Raises:
         ValueError: If a number is out of its range, or both ``overhead`` and ``seconds`` are given.
@@ -60,10 +62,12 @@ class Progress:
     loss_floor: float = 0.0
     adaptive: bool = False
     seconds: Mapping[int, float] | tuple[tuple[int, float], ...] | None = None
+    steps_before: int = 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "loss_floor", as_finite(self.loss_floor, "loss_floor"))
         as_bool(self.adaptive, "adaptive")
+        as_integer(self.steps_before, "steps_before", 0)
         if self.overhead is not None:
             object.__setattr__(self, "overhead", as_finite(self.overhead, "overhead"))
             if self.overhead < 0.0:
@@ -91,8 +95,9 @@ class Progress:
         averages, curve = known.averages, known.curve
         excess = averages.loss - self.loss_floor
         is_positive = excess > 0.0
-        exponent = decay_exponent(curve, self.loss_floor) if is_positive else 0.0
-        falls = exponent * excess if is_positive else decrease(curve)
+        before = known.steps_before + self.steps_before
+        exponent = decay_exponent(curve, self.loss_floor, before) if is_positive else 0.0
+        falls = exponent * excess if is_positive else decrease(curve, before)
         if not 0.0 < falls < math.inf:
             return None
         traces = averages.variance_trace

@@ -17,7 +17,11 @@ RULES: dict[str, type[Any]] = {one.name: one for one in (CABS, NoiseScale, NormT
 def rule_to_json(rule: Rule) -> dict[str, Any]:
     """Return a rule's name and settings as plain values."""
     settings: Any = rule
-    return {"name": rule.name, **asdict(settings)}
+    plain = {
+        name: [list(pair) for pair in value] if isinstance(value, tuple) else value
+        for name, value in asdict(settings).items()
+    }
+    return {"name": rule.name, **plain}
 
 
 def rule_from_json(values: Any) -> Rule:

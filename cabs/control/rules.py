@@ -134,6 +134,8 @@ class Known(NamedTuple):
     averages: Averages
     curve: Curve
     """The loss over all steps; empty unless the rule needs it."""
+    steps_before: int
+    """How many steps there were before those of the curve."""
     batch_size: int
     """That of the last batch."""
     overhead: float

@@ -12,7 +12,7 @@ from typing import Any
 
 from cabs.control.averages import LONGER, Averages
 from cabs.control.configuration import Configuration
-from cabs.control.costs import Clock, StepCost
+from cabs.control.costs import LONGEST, SHORTEST, Clock, StepCost
 from cabs.control.curve import steps_in
 from cabs.control.decision import State, is_due
 from cabs.values.formats import check_mark, check_whole
@@ -105,11 +105,6 @@ def carry_over(before: Configuration, state: State, after: Configuration) -> Sta
             "change within a run"
         )
     averages, curve, rule = state.averages, state.curve, after.rule
-    if rule.needs_curve and steps_in(curve) < state.step - state.held:
-        raise ValueError(
-            f"{rule} takes the loss over all steps, which this state, of {before.rule}, does not "
-            "hold; begin a run with the rule, or go on with the one before"
-        )
     if not rule.needs_curve:
         curve = ()
     clock = state.clock if rule.needs_clock else Clock()
@@ -169,7 +164,7 @@ def _read_clock(values: dict[str, Any]) -> Clock:
 def _read_timings(values: Any) -> tuple[tuple[int, float], ...]:
     """Return timings; ValueError or TypeError for what is none."""
     timings = tuple((examples, float(seconds)) for examples, seconds in values)
-    if not all(_is_count(m) and 0.0 < seconds < math.inf for m, seconds in timings):
+    if not all(_is_count(m) and m > 0 and SHORTEST <= t <= LONGEST for m, t in timings):
         raise ValueError(values)
     return timings
 

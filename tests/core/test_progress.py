@@ -239,8 +239,8 @@ def test_the_rule_of_a_run_can_be_changed_where_the_state_holds_what_it_needs():
             )
     assert after(progress, CABS()).update(**numbers).raw == pytest.approx(10.0)
     assert after(progress, Progress(90.0)).update(**numbers).raw > 10.0
-    with pytest.raises(ValueError, match="takes the loss over all steps, which this state"):
-        after(paper, Progress(50.0), every=5)
+    # The losses before are not known, the number of steps is: the paper's exponent stands for them.
+    assert after(paper, Progress(0.0), every=5).update(**numbers).raw == pytest.approx(10.0)
     # The gradient has not been measured, so that a measurement is due.
     scale = after(paper, NoiseScale(), every=5)
     assert scale.due
@@ -286,3 +286,34 @@ def test_a_state_that_no_run_has_is_refused(name, value):
     state["state"][name] = value
     with pytest.raises(ValueError, match="this state is damaged"):
         Controller(16, rule=rule, every=3).load_state_dict(state)
+
+
+@pytest.mark.parametrize("exponent", [0.42, 0.5, 0.58])
+@pytest.mark.parametrize("steps_before", [1000, 20_000])
+def test_a_run_continued_with_fresh_averages_asks_for_the_size_of_the_uninterrupted_one(
+    exponent, steps_before
+):
+    random = np.random.default_rng(0)
+    whole = Controller(16, sizes=WIDE, rule=Progress(300.0))
+    fresh = Controller(16, sizes=WIDE, rule=Progress(300.0, steps_before=steps_before))
+    for step in range(steps_before + 2000):
+        loss = 3.0 * (step + 1.0) ** -exponent * math.exp(0.1 * random.standard_normal())
+        trace = 4000.0 * loss * random.lognormal(0.0, 0.3)
+        numbers = {"learning_rate": 0.1, "variance_trace": trace, "loss": loss}
+        asked = whole.update(**numbers).raw
+        if step >= steps_before:
+            again = fresh.update(**numbers).raw
+        if step >= steps_before + 200:
+            assert again == pytest.approx(asked, rel=0.2)
+
+
+def test_during_a_warm_up_the_size_follows_the_rate_and_forgets_it_afterwards():
+    losses = [5.0 * (k + 0.5) ** -0.5 for k in range(400)]
+    usual = Controller(16, sizes=WIDE, rule=Progress(300.0))
+    warmed = Controller(16, sizes=WIDE, rule=Progress(300.0))
+    for step, loss in enumerate(losses):
+        numbers = {"variance_trace": 4000.0, "loss": loss}
+        rate = 0.1 * min(1.0, (step + 1) / 100)
+        asked = usual.update(learning_rate=0.1, **numbers).raw
+        again = warmed.update(learning_rate=rate, **numbers).raw
+        assert again < asked if step < 99 else again == asked
