@@ -24,8 +24,10 @@ from cabs_torch.errors import describe_some
 from cabs_torch.graph.autograd_nodes import Node
 from cabs_torch.measure import Measurement
 from cabs_torch.norms import reductions
-from cabs_torch.norms.sums import SquareSums
-from cabs_torch.options import Groups, as_groups
+from cabs_torch.norms.arrays import Elementwise, TorchArrays
+from cabs_torch.norms.sums import ElementwiseSums, SquareSums
+from cabs_torch.optimizers import metric_of
+from cabs_torch.options import Groups, as_groups, check_beside
 from cabs_torch.ranks import check_process_group, check_whole, unreduced
 from cabs_torch.statistics import BatchStatistics
 from cabs_torch.summed import Summed, choose
@@ -43,6 +45,7 @@ def backward(
     *,
     parameters: Any = None,
     parameter_groups: Any = None,
+    optimizer: Any = None,
     sample: int | None = None,
     chunk: int | None = None,
     uncovered: Policy = "error",
@@ -69,6 +72,14 @@ def backward(
         parameter_groups: For one trace a group: an optimizer, or an iterable of iterables
             of parameters, as many as the controller has learning rates. Then the sums are tensors
             of shape (groups,). Parameters in none of them are left out.
+        optimizer: For norms in the metric of the step that it takes next,
+            :math:`|x|_P^2 = \sum_c P_c x_c^2`, one for each of its parameter groups; their
+            learning rates are :func:`cabs_torch.learning_rates`. One of ``torch.optim``'s SGD,
+            where P is 1, Adam, AdamW, NAdam, RMSprop and Adagrad, where P is one over the root that
+            the step divides by, with what ``.grad`` then holds in it (:doc:`/statistics`). Or a
+            function, called after the pass with each parameter, that returns P, a tensor in its
+            shape or a number; then all are one group. Elementwise squares are kept during the pass,
+            in single precision or better, as many as there are parameters.
         sample: Over how many examples norms are taken, the first ones, at least 1; all by default.
             The batch must be shuffled. The estimate stays unbiased, its cost shrinks by
             ``sample / m``, and it varies more; it can be negative.
@@ -94,14 +105,15 @@ def backward(
     Returns:
         :class:`cabs_torch.BatchStatistics`, with groups of one example, over all parameters that
         the losses depend on. Its sums are float64 tensors on the device of ``losses``, in squared
-        units of the gradient, 0-d unless ``parameter_groups`` are given.
+        units of the gradient, times those of P, 0-d unless there are parameter groups.
 
     Raises:
-        TypeError: If ``losses`` is no tensor, or not of a real floating-point type.
+        TypeError: If ``losses`` is no tensor, or not of a real floating-point type; if the step of
+            ``optimizer`` is not known.
         ValueError: If it has another shape, a single example, or no graph, or one that a backward
-            pass has used already; if an option is not as described; if nothing is measured, for
-            all parameters or for one of the groups; if there are several ranks and it is not said
-            that this one's examples are meant.
+            pass has used already; if an option is not as described, or does not go with another; if
+            nothing is measured, for all parameters or for one of the groups; if there are several
+            ranks and it is not said that this one's examples are meant.
         UncoveredParameterError: If a parameter's norms cannot be computed exactly; the message
             names the operation and parameters. Nothing has been computed then.
         RuntimeError: If gradients of a microbatch are reduced over ranks during the pass.
@@ -130,6 +142,12 @@ def backward(
             f"uncovered must be 'error', 'microbatches' or 'ignore', got uncovered = {uncovered!r}"
         )
     check_process_group(process_group)
+    metric = None
+    if optimizer is not None:
+        check_beside(optimizer, parameters, parameter_groups, batch_size, uncovered)
+        metric = metric_of(optimizer)
+        if isinstance(optimizer, torch.optim.Optimizer):
+            parameter_groups = optimizer
     if parameters is not None and parameter_groups is not None:
         raise ValueError(
             "parameters and parameter_groups must not both be given; parameter_groups=[parameters] "
@@ -170,8 +188,11 @@ def backward(
         assert last is not None
         see = last.register_prehook(lambda given: share.append(given[losses.output_nr][0]))
         hooks.callback(see.remove)
-        one = Summed() if bitwise or measured_examples < examples else choose(losses, walk)
-        measurement = Measurement(walk, measured_examples, chunk, one.meetings)
+        is_summed = not bitwise and measured_examples == examples
+        arrays = TorchArrays(chunk) if metric is None else Elementwise(chunk)
+        one = choose(losses, walk, arrays) if is_summed else Summed()
+        elementwise = None if metric is None else ElementwiseSums()
+        measurement = Measurement(walk, measured_examples, arrays, one.meetings, elementwise)
         hooks.enter_context(measurement)
         if batch_size is not None:
             watched = [*walk.leaves.values(), *walk.hidden.values()]
@@ -191,8 +212,13 @@ def backward(
             lambda leaf: kept.numbers.get(id(leaf.variable), 0), kept.count, device
         )
 
-    squares = summed(measurement.squares) * (examples / measured_examples) / factor**2
-    means = summed(measurement.norms) / (factor * examples) ** 2
+    sums = measurement.squares, measurement.norms
+    if metric is not None and elementwise is not None:
+        scale = None if scaler is None else scaler.scale(torch.ones((), device=device))
+        with torch.no_grad():
+            sums = elementwise.weighted(metric(scale))
+    squares = summed(sums[0]) * (examples / measured_examples) / factor**2
+    means = summed(sums[1]) / (factor * examples) ** 2
     squares, means = squares + summed(estimated[0]), means + summed(estimated[1])
     if not is_grouped:
         squares, means = squares.squeeze(0), means.squeeze(0)

@@ -17,12 +17,14 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from cabs.gradients.terms import Materialized
+from cabs.gradients.terms import Formed, Materialized
 from cabs_torch.graph.autograd_nodes import Edge, Node, is_leaf, shape_of
 from cabs_torch.graph.reentrant_checkpoints import watched
+from cabs_torch.norms import reductions
 from cabs_torch.norms.arrays import TorchArrays
-from cabs_torch.norms.sums import SquareSums
-from cabs_torch.rules.uses import Use, of_same_square, total_squares
+from cabs_torch.norms.sums import ElementwiseSums, SquareSums
+from cabs_torch.rules.parameter_paths import back
+from cabs_torch.rules.uses import Use, coordinate_squares, of_same_square, total_squares
 from cabs_torch.rules.uses import gradients as of_uses
 from cabs_torch.walk import Meeting, Outputs, Walk
 
@@ -33,22 +35,29 @@ class Measurement:
     Args:
         walk: Where parameters meet the batch.
         examples: Over how many of the batch's examples norms are taken, the first ones.
-        chunk: How many examples to take at a time, by size if None.
+        arrays: The table, which says how many examples to take at a time.
         summed: Where the parameters are used whose gradients are summed from those of the examples.
+        elementwise: Where squares go that are not to be summed over the elements of a parameter.
     """
 
     def __init__(
-        self, walk: Walk, examples: int, chunk: int | None, summed: Sequence[Meeting] = ()
+        self,
+        walk: Walk,
+        examples: int,
+        arrays: TorchArrays,
+        summed: Sequence[Meeting] = (),
+        elementwise: ElementwiseSums | None = None,
     ) -> None:
         self.squares = SquareSums()
         """Over examples, of the norms of their shares of a gradient."""
         self.norms = SquareSums()
         """Of the gradient itself."""
+        self._elementwise = elementwise
         self._made: list[tuple[Edge, Tensor]] = []
         """Gradients that are sums of the examples', by what the operation took."""
         self._summed = {meeting.source.origin[0] for meeting in summed}
         self._examples = examples
-        self._chunk, self._arrays = chunk, TorchArrays(chunk)
+        self._arrays = arrays
         self._checkpoints = walk.checkpoints
         self._hidden = walk.hidden.keys()
         self._leaves = list(walk.leaves.values())
@@ -90,8 +99,9 @@ class Measurement:
         starts = [(outputs[number], layout) for number, layout in layouts.items()]
         tensors = [one for one in inputs if isinstance(one, Tensor)]
         walk = Walk(starts, strict=False, inputs=tensors, wanted=self._hidden)
-        inside = self._hooks.enter_context(Measurement(walk, self._examples, self._chunk))
+        inside = Measurement(walk, self._examples, self._arrays, (), self._elementwise)
         inside.squares, inside.norms = self.squares, self.norms
+        self._hooks.enter_context(inside)
 
     def _watch(
         self, hooks: ExitStack, node: Node, see: Callable[[Sequence[Tensor | None]], None]
@@ -125,8 +135,13 @@ class Measurement:
                 continue
             path, origin = meeting.source.path, meeting.source.origin
             if origin[0] in self._summed:
-                squares, total = term.squares_and_sum(self._arrays)
-                self.squares.add(origin[0], squares)
+                formed: Formed = term.formed(self._arrays)
+                if self._elementwise is None:
+                    squares, total = formed.squares_and_sum(self._arrays)
+                    self.squares.add(origin[0], squares)
+                else:
+                    squares, total = formed.coordinate_squares_and_sum(self._arrays)
+                    self._elementwise.add(origin[0], back(squares, path)[0])
                 self._made.append((path[0] if path else origin, total[0]))
             else:
                 self._uses[origin].append(Use(term, path))
@@ -161,10 +176,14 @@ class Measurement:
                         allow_unused=True,
                     )
                     for leaf, gradient in zip(leaves, gradients, strict=True):
-                        if gradient is not None and self._sources[leaf] == 1:
-                            self.squares.square(leaf, gradient)
-                        elif gradient is not None:
+                        if gradient is None:
+                            continue
+                        if self._sources[leaf] > 1:
                             pushed[leaf].append(gradient.to_dense())
+                        elif self._elementwise is None:
+                            self.squares.square(leaf, gradient)
+                        else:
+                            self._elementwise.add(leaf, reductions.dense(gradient).square())
         finally:
             self._is_pushing = False
         for leaf, rows in pushed.items():
@@ -176,6 +195,12 @@ class Measurement:
         """Sum what is known of a parameter, whose gradient is complete."""
         (gradient,) = gradients
         uses = self._uses.pop((leaf, 0), [])
+        if self._elementwise is not None:
+            if uses:
+                self._elementwise.add(leaf, coordinate_squares(uses, self._arrays))
+            if gradient is not None:
+                self._elementwise.see(leaf, gradient)
+            return
         if uses:
             rows = of_same_square(uses, self._arrays)
             if rows is None:

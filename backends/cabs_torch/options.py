@@ -74,3 +74,30 @@ def as_groups(groups: Any) -> Groups:
     if not numbers:
         raise ValueError("parameter_groups must hold parameters, got none")
     return Groups(numbers, count, frozenset(trained))
+
+
+def check_beside(
+    optimizer: Any, parameters: Any, parameter_groups: Any, batch_size: Any, uncovered: str
+) -> None:
+    """Raise ValueError for what does not go with norms in the metric of an optimizer."""
+    refused = {
+        "parameter_groups": (
+            parameter_groups is not None,
+            "the optimizer's groups are those of the statistics",
+        ),
+        "parameters": (
+            parameters is not None and isinstance(optimizer, torch.optim.Optimizer),
+            "the optimizer's groups say what is measured; give a function from a parameter to P",
+        ),
+        "batch_size": (
+            batch_size is not None,
+            "P is made of the whole batch's gradient, which a microbatch does not have",
+        ),
+        "uncovered='microbatches'": (
+            uncovered == "microbatches",
+            "it estimates norms and no elements; uncovered='ignore' leaves these parameters out",
+        ),
+    }
+    for name, (is_given, reason) in refused.items():
+        if is_given:
+            raise ValueError(f"{name} must not be given beside optimizer: {reason}")

@@ -18,6 +18,7 @@ from torch.autograd.graph import get_gradient_edge
 
 from cabs_torch.graph.autograd_nodes import Node, is_leaf, name_of
 from cabs_torch.norms import reductions
+from cabs_torch.norms.arrays import TorchArrays
 from cabs_torch.rules.batch_axis import PERMUTING
 from cabs_torch.walk import Meeting, Walk
 
@@ -35,7 +36,7 @@ class Summed:
     """All other tensors behind the losses that have a gradient; None for no choice."""
 
 
-def choose(losses: Tensor, walk: Walk) -> Summed:
+def choose(losses: Tensor, walk: Walk, arrays: TorchArrays) -> Summed:
     """Return the parameters whose gradients are summed from those of the examples."""
     if walk.checkpoints or reductions.is_traced() or _is_reduced_over_ranks():
         return Summed()
@@ -47,7 +48,7 @@ def choose(losses: Tensor, walk: Walk) -> Summed:
         and uses[meeting.source.origin[0]] == 1
         and all(name_of(node) in _STRAIGHT for node, _ in meeting.source.path)
     ]
-    worthwhile = [one for one in usable if one.input.spared() * len(losses) >= _WORTHWHILE]
+    worthwhile = [one for one in usable if one.input.spared(arrays) * len(losses) >= _WORTHWHILE]
     if not worthwhile:
         return Summed()
     # A convolution leaves out the gradient of its weight only together with that of its bias.

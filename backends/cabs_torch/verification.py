@@ -20,6 +20,7 @@ from cabs_torch.backward import check_losses
 from cabs_torch.errors import names
 from cabs_torch.graph.autograd_nodes import is_leaf
 from cabs_torch.measure import Measurement
+from cabs_torch.norms.arrays import TorchArrays
 from cabs_torch.walk import Walk, leaves_behind
 
 
@@ -77,7 +78,7 @@ def verify(losses_of: Callable[[Any], Tensor], batch: Any) -> Verification:
     try:
         for parameter in parameters.values():
             parameter.grad = None
-        with Measurement(walk, examples, None) as measurement:
+        with Measurement(walk, examples, TorchArrays()) as measurement:
             losses.mean().backward()
         numbers = {key: at for at, key in enumerate(parameters)}
         sums = measurement.squares.by_group(

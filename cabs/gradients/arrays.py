@@ -111,6 +111,22 @@ class SummingArrays(Arrays, Protocol):
         ``needed`` is how many elements it returns for an example.
         """
 
+    def coordinate_squares(
+        self,
+        rows: Callable[..., Array],
+        operands: Sequence[Array],
+        needed: int,
+        *,
+        is_summed: bool = False,
+    ) -> tuple[Array, Array | None]:
+        """Return the sum over examples of the elementwise squares of what a function returns.
+
+        And that of what it returns itself, if it is wanted; both have shape (1, ...).
+        """
+
+    def merged(self, array: Array, axis: int) -> Array:
+        """Return shape (1, ...), with the examples before the places of an axis, as one axis."""
+
 
 class PatchArrays(Arrays, Protocol):
     """What convolutions are written in besides, for a framework without kernels of its own."""
@@ -231,6 +247,26 @@ class NumpyArrays:
 
         squares, sums = self.in_chunks(some, operands, needed)
         return squares, sums.sum(axis=0, keepdims=True)
+
+    def coordinate_squares(
+        self,
+        rows: Callable[..., Array],
+        operands: Sequence[Array],
+        needed: int,
+        *,
+        is_summed: bool = False,
+    ) -> tuple[Array, Array | None]:
+        def some(*operands: Array) -> tuple[Array, Array]:
+            found = self.wide(rows(*operands))
+            return (found**2).sum(axis=0, keepdims=True), found.sum(axis=0, keepdims=True)
+
+        found = self.in_chunks(some, operands, needed)
+        squares, total = (one.sum(axis=0, keepdims=True) for one in found)
+        return squares, total if is_summed else None
+
+    def merged(self, array: Array, axis: int) -> Array:
+        sizes = array.shape[1:axis], array.shape[axis + 1 :]
+        return np.moveaxis(array, 0, axis - 1).reshape(1, *sizes[0], -1, *sizes[1])
 
     def unless_cancelled(
         self, total: Squares, bound: Squares, limit: float, otherwise: Callable[[], Squares]

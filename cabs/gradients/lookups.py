@@ -6,7 +6,7 @@ only where it is small.
 
 from __future__ import annotations
 
-from cabs.gradients.arrays import Array, Arrays, Squares, known
+from cabs.gradients.arrays import Array, Arrays, Squares, SummingArrays, known
 
 # Rows of a table for each one taken, up to which the table is laid out.
 _SCATTERED = 4
@@ -43,3 +43,18 @@ def squares(arrays: Arrays, ids: Array, rows: Array, length: int) -> Squares:
     taken = count if known(count) else 1
     wide = height if known(height) else 1
     return arrays.in_chunks(some, (ids, rows), min(length, 3 * taken) * wide)
+
+
+def coordinate_squares(arrays: SummingArrays, ids: Array, rows: Array, length: int) -> Array:
+    """Return the sum over examples of the gradients' elementwise squares, shape (1, length, h).
+
+    No example's table is laid out; arguments are those of :func:`squares`.
+    """
+    rows = arrays.wide(rows)
+    count = arrays.shape(rows)[1]
+    order = arrays.argsort(ids)
+    ids, rows = arrays.take(ids, order), arrays.take(rows, order)
+    places = arrays.number(ids)
+    sums = arrays.take(arrays.scatter(places, rows, count), places)
+    # The square of a sum is its terms' sum, each times the sum.
+    return arrays.scatter(arrays.merged(ids, 1), arrays.merged(rows * sums, 1), length)

@@ -15,7 +15,7 @@ from __future__ import annotations
 from functools import partial
 from itertools import pairwise
 
-from cabs.gradients.arrays import Array, Arrays, Squares, known
+from cabs.gradients.arrays import Array, Arrays, Squares, SummingArrays, known
 
 # How much larger than the sum its terms may be, for every position, before rounding errors show.
 CANCELLING = 64.0
@@ -52,6 +52,15 @@ def squares(arrays: Arrays, left: Array, right: Array) -> Squares:
 def norms(arrays: Arrays, left: Array, right: Array) -> Array:
     """Return the norm of each gradient, shape (n, E), for T = 1."""
     return arrays.row_norms(left) * arrays.row_norms(right)
+
+
+def coordinate_squares(arrays: SummingArrays, left: Array, right: Array) -> Array:
+    """Return the sum over examples of the gradients' elementwise squares, (1, E, k, h), for T = 1.
+
+    The square of a product is that of its factors, so that it takes one product of matrices.
+    """
+    left, right = (arrays.merged(arrays.wide(side), 2) for side in (left, right))
+    return arrays.contract(left * left, right * right, 2)
 
 
 def is_materialized(arrays: Arrays, length: int, width: int, height: int) -> bool:

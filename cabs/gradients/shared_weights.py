@@ -32,11 +32,11 @@ def squares(
         length: How many rows the table has.
     """
     if not taken:
-        return outer_products.squares(arrays, *_joined(arrays, products, 2))
-    ids, rows = _joined(arrays, taken, 1)
+        return outer_products.squares(arrays, *joined(arrays, products, 2))
+    ids, rows = joined(arrays, taken, 1)
     if not products:
         return lookups.squares(arrays, ids, rows, length)
-    left, right = _joined(arrays, products, 2)
+    left, right = joined(arrays, products, 2)
     everything = (left, right, ids, rows)
     count, height = arrays.shape(rows)[1:]
 
@@ -62,7 +62,7 @@ def squares(
     return arrays.unless_cancelled(total, alone, _CANCELLED, whole)
 
 
-def _joined(arrays: Arrays, pairs: Sequence[tuple[Array, Array]], axis: int) -> tuple[Array, Array]:
+def joined(arrays: Arrays, pairs: Sequence[tuple[Array, Array]], axis: int) -> tuple[Array, Array]:
     """Return pairs put one after another along their positions."""
     if len(pairs) == 1:
         return pairs[0]

@@ -1,17 +1,18 @@
 """What one operation contributes to the per-example gradients of a parameter.
 
-Guarantees: each term answers two questions, the gradients themselves and the sum of their squared
-norms, without materializing more of them than has to be; the squared norm of a sum of terms is
-computed from their factors wherever all meet the parameter as a matrix or as a table.
+Guarantees: each term answers three questions, the gradients themselves, the sum of their squared
+norms, and that of their elementwise squares, without materializing more of them than has to be; the
+squared norm of a sum of terms is computed from their factors wherever all meet the parameter as a
+matrix or as a table.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from cabs.gradients import lookups, outer_products, shared_weights
 from cabs.gradients.arrays import Array, Arrays, Squares, SummingArrays
@@ -36,6 +37,41 @@ class Term(Protocol):
         """Return the squared norms of all examples' gradients."""
 
 
+class ElementwiseTerm(Term, Protocol):
+    """The same, for an adapter whose table is one of ``SummingArrays``."""
+
+    def coordinate_squares(self, arrays: Any) -> Array:
+        """Return the sum over examples of the gradients' elementwise squares, (1, *shape)."""
+
+
+class Formed(NamedTuple):
+    """How gradients are formed, to be squared and summed while they are at hand."""
+
+    rows: Callable[..., Array]
+    """From some examples' operands, their gradients, the coordinates in any order."""
+    operands: Sequence[Array]
+    needed: int
+    """How many elements the temporaries of an example have."""
+    arranged: Callable[[Array], Array]
+    """From a sum of these over examples, (1, ...), the same in shape (1, *shape)."""
+
+    def squares_and_sum(self, arrays: SummingArrays) -> tuple[Squares, Array]:
+        """Return the squared norms, and the sum of the gradients, shape (1, *shape)."""
+        squares, total = arrays.squares_and_sum(self.rows, self.operands, self.needed)
+        return squares, self.arranged(total)
+
+    def coordinate_squares(self, arrays: SummingArrays) -> Array:
+        """Return the sum over examples of the elementwise squares, shape (1, *shape)."""
+        squares, _ = arrays.coordinate_squares(self.rows, self.operands, self.needed)
+        return self.arranged(squares)
+
+    def coordinate_squares_and_sum(self, arrays: SummingArrays) -> tuple[Array, Array]:
+        """Return this and the sum of the gradients."""
+        found = arrays.coordinate_squares(self.rows, self.operands, self.needed, is_summed=True)
+        squares, total = map(self.arranged, found)
+        return squares, total
+
+
 @dataclass(frozen=True)
 class Materialized:
     """Gradients that are at hand, shape (n, *shape)."""
@@ -53,9 +89,11 @@ class Materialized:
     def squares(self, arrays: Arrays) -> Squares:
         return arrays.squares(self.gradients)
 
-    def squares_and_sum(self, arrays: SummingArrays) -> tuple[Squares, Array]:
-        """Return the squared norms, and the sum of the gradients, shape (1, *shape)."""
-        return arrays.squares_and_sum(arrays.wide, self.operands, math.prod(self.shape))
+    def formed(self, arrays: Arrays) -> Formed:
+        return Formed(arrays.wide, self.operands, math.prod(self.shape), lambda total: total)
+
+    def coordinate_squares(self, arrays: SummingArrays) -> Array:
+        return self.formed(arrays).coordinate_squares(arrays)
 
 
 @dataclass(frozen=True)
@@ -86,14 +124,15 @@ class Product:
     def gradient(self, arrays: Arrays, *operands: Array) -> Array:
         return self._arranged(arrays, outer_products.gradient(arrays, *operands))
 
-    def squares_and_sum(self, arrays: SummingArrays) -> tuple[Squares, Array]:
-        """Return the squared norms, and the sum of the gradients, shape (1, *shape).
+    def formed(self, arrays: Arrays) -> Formed:
+        rows, arranged = partial(outer_products.gradient, arrays), partial(self._arranged, arrays)
+        return Formed(rows, self.operands, math.prod(self.shape), arranged)
 
-        Each is materialized once for both.
-        """
-        rows = partial(outer_products.gradient, arrays)
-        squares, total = arrays.squares_and_sum(rows, self.operands, math.prod(self.shape))
-        return squares, self._arranged(arrays, total)
+    def coordinate_squares(self, arrays: SummingArrays) -> Array:
+        if arrays.shape(self.left)[2] > 1:
+            return self.formed(arrays).coordinate_squares(arrays)
+        squares = outer_products.coordinate_squares(arrays, self.left, self.right)
+        return self._arranged(arrays, squares)
 
     def _arranged(self, arrays: Arrays, formed: Array) -> Array:
         """Return gradients of shape (n, E, k, h) in that of the parameter."""
@@ -140,9 +179,44 @@ class Lookup:
     def squares(self, arrays: Arrays) -> Squares:
         return lookups.squares(arrays, self.ids, self.rows, self.shape[0])
 
+    def coordinate_squares(self, arrays: SummingArrays) -> Array:
+        found = lookups.coordinate_squares(arrays, self.ids, self.rows, self.shape[0])
+        return arrays.reshape(found, self.shape)
+
 
 def together(arrays: Arrays, terms: Sequence[Term]) -> Squares | None:
     """Return the squared norms of the sum of terms, None if it must be materialized."""
+    kinds = _by_kind(terms)
+    if kinds is None:
+        return None
+    products, taken = kinds
+    return shared_weights.squares(
+        arrays,
+        [(one.left, one.right) for one in products],
+        [(one.ids, one.rows) for one in taken],
+        terms[0].shape[0],
+    )
+
+
+def as_one(arrays: Arrays, terms: Sequence[Term]) -> Product | Lookup | None:
+    """Return the sum of terms as one of their kind, None if there is none."""
+    products, taken = _by_kind(terms) or ([], [])
+    if products and not taken:
+        sides = shared_weights.joined(arrays, [(one.left, one.right) for one in products], 2)
+        return replace(products[0], left=sides[0], right=sides[1])
+    if taken and not products:
+        return Lookup(
+            *shared_weights.joined(arrays, [(one.ids, one.rows) for one in taken], 1),
+            taken[0].shape,
+        )
+    return None
+
+
+def _by_kind(terms: Sequence[Term]) -> tuple[list[Product], list[Lookup]] | None:
+    """Return the uses as a matrix and those as a table, all in the same order of sides.
+
+    None if there are others, or their sides differ.
+    """
     taken = [term for term in terms if isinstance(term, Lookup)]
     products = [term for term in terms if isinstance(term, Product)]
     if len(taken) + len(products) < len(terms):
@@ -152,11 +226,4 @@ def together(arrays: Arrays, terms: Sequence[Term]) -> Squares | None:
     products = [one if one.rows == first else one.turned() for one in products]
     kinds = {(one.blocks, one.rows, one.columns, one.shape) for one in products}
     kinds |= {((), (0,), tuple(range(1, len(one.shape))), one.shape) for one in taken}
-    if len(kinds) > 1:
-        return None
-    return shared_weights.squares(
-        arrays,
-        [(one.left, one.right) for one in products],
-        [(one.ids, one.rows) for one in taken],
-        terms[0].shape[0],
-    )
+    return (products, taken) if len(kinds) == 1 else None

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from cabs.gradients import convolution, lookups, outer_products, shared_weights
 from cabs.gradients.arrays import NumpyArrays
 from cabs.gradients.convolution import Geometry
-from cabs.gradients.terms import Materialized, Product
+from cabs.gradients.terms import Lookup, Materialized, Product, as_one
 
 SIZE = st.integers(1, 5)
 SEED = st.integers(0, 2**31)
@@ -67,9 +67,47 @@ def test_gradients_that_are_squared_and_summed_at_once(seed, n, t, k, h, chunk, 
     if is_transposed:
         term, expected = term.placed((h, k), (1, 0)), expected.swapaxes(1, 2)
     for one in (term, Materialized(expected, expected.shape[1:])):
-        squares, total = one.squares_and_sum(table(chunk))
+        arrays = table(chunk)
+        squares, total = one.formed(arrays).squares_and_sum(arrays)
         np.testing.assert_allclose(squares, norms_squared(expected), rtol=1e-9)
         np.testing.assert_allclose(total[0], expected.sum(axis=0), atol=1e-12)
+        squares, total = one.formed(arrays).coordinate_squares_and_sum(arrays)
+        np.testing.assert_allclose(squares[0], (expected**2).sum(axis=0), rtol=1e-9)
+        np.testing.assert_allclose(total[0], expected.sum(axis=0), atol=1e-12)
+
+
+@given(
+    *(SEED, SIZE, SIZE, st.integers(1, 4), SIZE, SIZE),
+    *(st.sampled_from([1, 3, 200]), CHUNK, st.permutations(range(3))),
+)
+def test_elementwise_squares_summed_over_the_examples(seed, n, e, t, k, h, length, chunk, order):
+    random = np.random.default_rng(seed)
+    left, right = random.normal(size=(n, e, t, k)), random.normal(size=(n, e, t, h))
+    ids, rows = random.integers(0, length, (n, t)), random.normal(size=(n, t, h))
+    formed, looked_up = product_loop(left, right), lookup_loop(ids, rows, length)
+    inverse = np.argsort(order)
+    shape = tuple(np.array((e, k, h))[inverse])
+    placed = Product.of_matrix(left, right, (e, k, h)).placed(shape, order)
+    cases = [
+        (Materialized(formed, (e, k, h)), formed),
+        (Product.of_matrix(left, right, (e, k, h)), formed),
+        (placed, formed.transpose(0, *(1 + inverse))),
+        (Lookup(ids, rows, (length, h)), looked_up),
+    ]
+    for term, gradients in cases:
+        found = term.coordinate_squares(table(chunk))
+        expected = (gradients**2).sum(axis=0, keepdims=True)
+        assert found.shape == (1, *term.shape)
+        # Uses that are taken together are added before.
+        twice = as_one(table(chunk), [term, term])
+        np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-12)
+        if isinstance(term, Materialized):
+            assert twice is None
+        else:
+            found = twice.coordinate_squares(table(chunk))
+            np.testing.assert_allclose(found, 4.0 * expected, rtol=1e-9, atol=1e-12)
+    table_use = Product.of_matrix(rows[:, None], rows[:, None], (h, h))
+    assert as_one(table(), [table_use, Lookup(ids, rows, (h, h))]) is None
 
 
 def test_what_is_spared_is_the_cheaper_way_less_what_reading_costs():

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 import cabs_torch
 from cabs.gradients.layout import Layout
 from cabs_torch import summed
+from cabs_torch.norms.arrays import TorchArrays
 from cabs_torch.walk import Walk
 from tests.torch.models import Residual, cross_entropy
 from tests.torch.reference import gradients_one_by_one
@@ -30,7 +31,7 @@ def _always(monkeypatch):
 def chosen(losses):
     """Return how many parameters have gradients that are summed."""
     walk = Walk([(losses, Layout((len(losses),), 1, len(losses)))])
-    return len(summed.choose(losses, walk).meetings)
+    return len(summed.choose(losses, walk, TorchArrays()).meetings)
 
 
 def assert_as_plain(model, losses_of, rtol=1e-10):

@@ -8,6 +8,7 @@ examples.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -115,6 +116,27 @@ class TorchArrays:
         assert total is not None
         return torch.stack(squares).sum(), total
 
+    def coordinate_squares(
+        self,
+        rows: Callable[..., Tensor],
+        operands: Sequence[Tensor],
+        needed: int,
+        *,
+        is_summed: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        squares, total = None, None
+        for part in self.parts(len(operands[0]), needed):
+            found = self.wide(rows(*(one[part] for one in operands)))
+            squares = reductions.with_squares(squares, found)
+            if is_summed:
+                summed = found.sum(dim=0, keepdim=True)
+                total = summed if total is None else total.add_(summed)
+        assert squares is not None
+        return squares, total
+
+    def merged(self, array: Tensor, axis: int) -> Tensor:
+        return array.movedim(0, axis - 1).flatten(axis - 1, axis).unsqueeze(0)
+
     def parts(self, examples: int, needed: int) -> Iterator[slice]:
         """Yield slices of examples whose temporaries fit into a chunk."""
         return reductions.parts(examples, needed, self._chunk)
@@ -136,3 +158,9 @@ class TorchArrays:
         # In pairs single precision is enough only if terms do not cancel, which has to be looked
         # at; on a GPU that would wait for the device.
         return (in_pairs if reductions.may_look(operands[0].device) else materialized)(*operands)
+
+
+class Elementwise(TorchArrays):
+    """The same for elementwise squares, of which products of pairs of positions tell nothing."""
+
+    pair_cost = math.inf

@@ -50,9 +50,26 @@ class Bags:
         """Return the squared norms of all examples' gradients, summed."""
         if not len(self.indices):
             return reductions.zero(self.rows.device)
+        return reductions.square(self._added_up()[1])
+
+    def coordinate_squares(self, arrays: TorchArrays) -> Tensor:  # noqa: ARG002
+        """Return the sum over examples of the gradients' elementwise squares, (1, *shape)."""
+        table = self.rows.new_zeros(self.shape, dtype=reductions.single_or_double(self.rows))
+        if len(self.indices):
+            order, sums, places, rows = self._added_up()
+            # The square of a sum is its terms' sum, each times the sum.
+            table.index_add_(0, self.indices[order], rows * sums[places])
+        return table.unsqueeze(0)
+
+    def _added_up(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return an order of the rows, the sums of those that are one, their places, and the rows.
+
+        Rows of examples that are not wanted are 0.
+        """
         # Equal rows of one example lie side by side once sorted, and are numbered from 0.
         order = (self.owners * self.shape[0] + self.indices).sort(stable=True)
         places = pad((order.values[1:] != order.values[:-1]).long(), (1, 0)).cumsum(dim=0)
         is_wanted = self.owners < self.examples
         rows = reductions.at_least_single(self.rows) * is_wanted.unsqueeze(-1)
-        return reductions.square(torch.zeros_like(rows).index_add_(0, places, rows[order.indices]))
+        rows = rows[order.indices]
+        return order.indices, torch.zeros_like(rows).index_add_(0, places, rows), places, rows

@@ -20,6 +20,7 @@ from torch.nn.functional import pad
 
 from cabs.gradients.layout import Shape
 from cabs.gradients.outer_products import CANCELLING
+from cabs.gradients.terms import Formed
 from cabs_torch.norms import reductions
 from cabs_torch.norms.arrays import TorchArrays
 
@@ -61,7 +62,7 @@ class Convolution:
         return self._of(*operands)._gradients().movedim(0, 3).reshape(-1, *self.shape)
 
     def squares(self, arrays: TorchArrays) -> Tensor:
-        if self._is_cheaper_in_pairs():
+        if self._is_cheaper_in_pairs(arrays):
             return self._squares_in_pairs(arrays)
         needed = self.inputs[0].numel() + self.cotangents[0].numel()
         if self._can_be_convolved():
@@ -75,25 +76,32 @@ class Convolution:
         found: Tensor = arrays.in_chunks(some, self.operands, needed)
         return found
 
-    def squares_and_sum(self, arrays: TorchArrays) -> tuple[Tensor, Tensor]:
-        """Return the squared norms, and the sum of the gradients, shape (1, *shape)."""
+    def formed(self, arrays: TorchArrays) -> Formed:  # noqa: ARG002
+        """Return how the gradients are formed, to be squared and summed."""
         needed = self.inputs[0].numel() + self.cotangents[0].numel()
         if self._can_be_convolved():
 
             def convolved(*operands: Tensor) -> Tensor:
                 return self._of(*operands)._convolved().view(-1, *self.shape)
 
-            return arrays.squares_and_sum(convolved, self.operands, needed + math.prod(self.shape))
+            return Formed(convolved, self.operands, needed + math.prod(self.shape), lambda it: it)
 
         def parts(*operands: Tensor) -> Tensor:
             return self._of(*operands)._gradients().movedim(1, 0)
 
-        squares, total = arrays.squares_and_sum(parts, self.operands, needed * self.shape[-1])
-        return squares, total.movedim(1, 3).reshape(-1, *self.shape)
+        def arranged(total: Tensor) -> Tensor:
+            return total.movedim(1, 3).reshape(-1, *self.shape)
 
-    def spared(self) -> int:
+        return Formed(parts, self.operands, needed * self.shape[-1], arranged)
+
+    def coordinate_squares(self, arrays: TorchArrays) -> Tensor:
+        """Return the sum over examples of the gradients' elementwise squares, (1, *shape)."""
+        found: Tensor = self.formed(arrays).coordinate_squares(arrays)
+        return found
+
+    def spared(self, arrays: TorchArrays) -> int:
         """Return how many products an example spares if its gradient is summed, too."""
-        if self._is_cheaper_in_pairs():
+        if self._is_cheaper_in_pairs(arrays):
             return 0
         return (
             math.prod(self.shape) * self.cotangents.shape[1] * math.prod(self.cotangents.shape[3:])
@@ -103,9 +111,10 @@ class Convolution:
         """Return the gradients of other examples, or of some."""
         return replace(self, inputs=inputs, cotangents=cotangents)
 
-    def _is_cheaper_in_pairs(self) -> bool:
+    def _is_cheaper_in_pairs(self, arrays: TorchArrays) -> bool:
         frames, channels = self.inputs.shape[1:3]
         is_plain = self.groups == 1 and frames == 1 and set(self.stride) == {1}
+        is_plain = is_plain and arrays.pair_cost < math.inf
         in_pairs = channels + self.shape[0] + _MOVED * sum(self.shape[2:])
         formed = math.prod(self.shape) * math.prod(self.cotangents.shape[3:])
         speed = _CONVOLVED if self._can_be_convolved() else 1.0

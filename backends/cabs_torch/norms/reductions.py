@@ -94,9 +94,32 @@ def squares_of(found: Sequence[Tensor], device: torch.device) -> Tensor:
     return total
 
 
+def with_squares(total: Tensor | None, rows: Tensor) -> Tensor:
+    """Return a total, (1, ...), with the rows' elementwise squares added, in its memory."""
+    if total is None:
+        return rows.square().sum(dim=0, keepdim=True)
+    if len(rows) == 1:
+        return total.addcmul_(rows, rows)
+    return total.add_(rows.square().sum(dim=0, keepdim=True))
+
+
+def total(tensor: Tensor) -> Tensor:
+    """Return the sum of all elements."""
+    flat = at_least_single(tensor).flatten()
+    whole = 0 if is_small(flat) else flat.numel() // _BLOCK * _BLOCK
+    # As with squares: blocks in single precision, and their sums in double.
+    blocks = flat[:whole].view(-1, _BLOCK).sum(dim=1)
+    return blocks.sum(dtype=torch.float64) + flat[whole:].sum(dtype=torch.float64)
+
+
 def zero(device: torch.device) -> Tensor:
     """Return the sum over nothing."""
     return torch.zeros((), dtype=torch.float64, device=device)
+
+
+def dense(gradient: Tensor) -> Tensor:
+    """Return a gradient that can be sparse as one that is not, in single precision or double."""
+    return at_least_single(gradient.to_dense() if gradient.is_sparse else gradient)
 
 
 def at_least_single(tensor: Tensor) -> Tensor:

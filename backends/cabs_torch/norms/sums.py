@@ -1,7 +1,8 @@
 """Sums of squares over the tensors of one pass, by the parameters that they belong to.
 
 Guarantees: tensors of few elements are squared together when the sums are read, by one call for
-all, since calls are what they cost; no large tensor is kept; sums are taken in float64.
+all, since calls are what they cost; sums are taken in float64; no large tensor is kept, but for
+elementwise squares, one in the shape of each parameter.
 """
 
 from __future__ import annotations
@@ -56,3 +57,42 @@ class SquareSums:
         if count == 1:
             return whole.sum().reshape(1)
         return total.index_add_(0, torch.tensor(numbers, device=device), whole)
+
+
+class ElementwiseSums:
+    """Elementwise squares, in the shape of the parameter that they belong to, by its node."""
+
+    def __init__(self) -> None:
+        self._squares: dict[Any, Tensor] = {}
+        self._gradients: dict[Any, Tensor | None] = {}
+
+    def add(self, leaf: Any, squares: Tensor) -> None:
+        """Add sums over examples of the squares of their gradients' elements."""
+        known = self._squares.get(leaf)
+        self._squares[leaf] = squares if known is None else known.add_(squares)
+
+    def see(self, leaf: Any, gradient: Tensor) -> None:
+        """Note that the gradient itself is there, which the parameter is about to be given."""
+        # Where the parameter holds nothing else, it holds this afterwards: holding it here, too,
+        # would have it copied.
+        distributed = torch.distributed
+        is_changed = distributed.is_available() and distributed.is_initialized()
+        is_kept = is_changed or leaf.variable.grad is not None
+        self._gradients[leaf] = gradient if is_kept else None
+
+    def weighted(
+        self, weights: Callable[[Tensor], Tensor | float]
+    ) -> tuple[SquareSums, SquareSums]:
+        """Return sums of the squares, and of those of the gradient itself, times weights.
+
+        Args:
+            weights: From a parameter, in its shape, or one for all of its elements.
+        """
+        squares, norms = SquareSums(), SquareSums()
+        for leaf, gradient in self._gradients.items():
+            weight = weights(leaf.variable)
+            dense = reductions.dense(leaf.variable.grad if gradient is None else gradient)
+            norms.add(leaf, reductions.total(dense.square() * weight))
+            if leaf in self._squares:
+                squares.add(leaf, reductions.total(self._squares[leaf] * weight))
+        return squares, norms

@@ -38,7 +38,7 @@ class ParameterInput(NamedTuple):
     """From the output cotangents, the gradients of the first so many examples, if any are not 0."""
     of_all_outputs: bool = False
     """Whether gradients come through other outputs than the first, too."""
-    spared: Callable[[], int] = lambda: 0
+    spared: Callable[[TorchArrays], int] = lambda _: 0
     """Multiplications saved an example if the batch's gradient is the sum of the examples'."""
 
 
@@ -72,8 +72,11 @@ def enter(
     return inner
 
 
+_Spared = Callable[[TorchArrays], int]
+
+
 def _parameter_input(
-    rule: str, term: Callable[[Tensor, int], Term], spared: Callable[[], int] = lambda: 0
+    rule: str, term: Callable[[Tensor, int], Term], spared: _Spared = lambda _: 0
 ) -> ParameterInput:
     """Return an input whose gradients depend on the cotangent of the first output."""
 
@@ -113,11 +116,11 @@ def _matrices(node: Node, layout: Layout, index: int, shape: Shape) -> Layout | 
         left, right = sides if operand == 1 else sides[::-1]
         return Product.of_matrix(left, right, shape)
 
-    def of_matrix() -> int:
+    def of_matrix(arrays: TorchArrays) -> int:
         length = layout.shape[axis] // layout.examples
-        return spared(TorchArrays(), length, *shape) if len(shape) == 2 else 0
+        return spared(arrays, length, *shape) if len(shape) == 2 and not is_vector else 0
 
-    return _parameter_input("matrix", term, (lambda: 0) if is_vector else of_matrix)
+    return _parameter_input("matrix", term, of_matrix)
 
 
 def _convolution(node: Node, layout: Layout, index: int, shape: Shape) -> Layout | ParameterInput:
@@ -138,14 +141,13 @@ def _convolution(node: Node, layout: Layout, index: int, shape: Shape) -> Layout
     def term(cotangent: Tensor, examples: int) -> Term:
         kept = saved(node, "input")
         inputs = take(layout.moved(tuple(kept.shape), 0), kept, examples)
-        sides = (inputs, take(layout, cotangent, examples))
-        return of_sides(*sides)
+        return of_sides(inputs, take(layout, cotangent, examples))
 
     def of_sides(inputs: Tensor, cotangents: Tensor) -> Convolution:
         sides = (cotangents, inputs) if node._saved_transposed else (inputs, cotangents)
         return Convolution(*sides, shape, stride, padding, dilation, node._saved_groups)
 
-    def of_kernel() -> int:
+    def of_kernel(arrays: TorchArrays) -> int:
         source, number = node.next_functions[0]
         if source is None:
             return 0
@@ -154,7 +156,7 @@ def _convolution(node: Node, layout: Layout, index: int, shape: Shape) -> Layout
         whole = tuple(known.shape), layout.shape
         scalar = torch.empty((), dtype=known.dtype, device=known.device)
         sizes = ((layout.examples, one[0] // layout.examples, *one[1:]) for one in whole)
-        return of_sides(*(scalar.expand(size) for size in sizes)).spared()
+        return of_sides(*(scalar.expand(size) for size in sizes)).spared(arrays)
 
     return _parameter_input("convolution", term, of_kernel)
 

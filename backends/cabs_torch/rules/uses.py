@@ -6,15 +6,16 @@ Guarantees: cross terms between uses are included, whatever lies between the par
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 from torch import Tensor
 
 from cabs.gradients import outer_products
 from cabs.gradients.layout import Shape
-from cabs.gradients.terms import Lookup, Materialized, Product, Term, together
+from cabs.gradients.terms import ElementwiseTerm, Lookup, Materialized, Product, as_one, together
 from cabs_torch.graph.autograd_nodes import Edge, name_of, shape_of
 from cabs_torch.norms import reductions
 from cabs_torch.norms.arrays import TorchArrays
@@ -29,7 +30,7 @@ _FEW = 2**19
 class Use:
     """A term, and the operations between it and the parameter, which rearrange that."""
 
-    term: Term
+    term: ElementwiseTerm
     path: tuple[Edge, ...]
 
     @property
@@ -76,18 +77,51 @@ def total_squares(uses: Sequence[Use], arrays: TorchArrays) -> Tensor:
     if len(uses) == 1:
         alone: Tensor = uses[0].term.squares(arrays)
         return alone
-    cuts = {use.cut() for use in uses}
-    if None not in cuts and len(cuts) > 1 and len({cut[0] for cut in cuts if cut}) == 1:
-        # What is cut out of a parameter in one go does not overlap.
-        by_part = ([use for use in uses if use.cut() == cut] for cut in cuts)
-        return torch.stack([total_squares(some, arrays) for some in by_part]).sum()
+    parts = _by_part(uses)
+    if parts is not None:
+        return torch.stack([total_squares(some, arrays) for some in parts]).sum()
     if len({use.signature() for use in uses}) == 1:
         found: Tensor | None = together(arrays, [use.term for use in uses])
         if found is not None:
             return found
-    chunks = arrays.parts(len(uses[0].term.operands[0]), 2 * math.prod(uses[0].shape))
-    sums = [reductions.square(gradients(uses, arrays, part)) for part in chunks]
+    sums = [reductions.square(gradients(uses, arrays, part)) for part in _chunks(uses, arrays)]
     return torch.stack(sums).sum()
+
+
+def coordinate_squares(uses: Sequence[Use], arrays: TorchArrays) -> Tensor:
+    """Return the sum over examples of the elementwise squares of a parameter's gradient.
+
+    In its shape. The gradients of several uses are added before, as in :func:`total_squares`.
+    """
+    uses = [use.straight() for use in uses]
+    if len({use.signature() for use in uses}) == 1:
+        term = uses[0].term if len(uses) == 1 else as_one(arrays, [use.term for use in uses])
+        if term is not None:
+            return back(term.coordinate_squares(arrays), uses[0].path)[0]
+    parts = _by_part(uses)
+    if parts is not None:
+        return reduce(torch.add, [coordinate_squares(some, arrays) for some in parts])
+    total: Tensor | None = None
+    for part in _chunks(uses, arrays):
+        total = reductions.with_squares(total, gradients(uses, arrays, part))
+    assert total is not None
+    return total[0]
+
+
+def _by_part(uses: Sequence[Use]) -> list[list[Use]] | None:
+    """Return the uses by which part of a parameter they are of, if it was cut in one go.
+
+    The parts do not overlap. None if there is one, or it was cut in several ways.
+    """
+    cuts = {use.cut() for use in uses}
+    if None in cuts or len(cuts) == 1 or len({cut[0] for cut in cuts if cut}) > 1:
+        return None
+    return [[use for use in uses if use.cut() == cut] for cut in cuts]
+
+
+def _chunks(uses: Sequence[Use], arrays: TorchArrays) -> Iterator[slice]:
+    """Yield slices of examples, of which the gradients of uses are at hand together."""
+    return arrays.parts(len(uses[0].term.operands[0]), 2 * math.prod(uses[0].shape))
 
 
 def of_same_square(uses: Sequence[Use], arrays: TorchArrays) -> Tensor | None:
@@ -114,4 +148,4 @@ def of_same_square(uses: Sequence[Use], arrays: TorchArrays) -> Tensor | None:
 def gradients(uses: Sequence[Use], arrays: TorchArrays, part: slice) -> Tensor:
     """Return some examples' gradients of a parameter, the sum over its uses."""
     found = [use.gradient(arrays, part) for use in uses]
-    return found[0] if len(found) == 1 else torch.stack(found).sum(dim=0)
+    return reduce(torch.add, found)
