@@ -91,8 +91,8 @@ def _checked(found: Any, parameter: Tensor) -> Tensor | float:
         return found.detach() if isinstance(found, Tensor) else float(found)
     got = f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else repr(found)
     raise ValueError(
-        f"optimizer must give P as a number, or as a tensor of shape {tuple(parameter.shape)}, "
-        f"that of {describe(parameter)}, got {got}"
+        f"optimizer must give P as a number, or as a tensor in the shape of {describe(parameter)}, "
+        f"got {got}"
     )
 
 
