@@ -5,6 +5,7 @@ Guarantees: measures and decides nothing; loss and gradients are those of ``jax.
 
 from cabs.gradients.errors import UncoveredParameterError
 from cabs_jax.gradient import value_and_grad
+from cabs_jax.metric import adam_metric
 from cabs_jax.padding import pad
 from cabs_jax.statistics import BatchStatistics, PartialStatistics
 from cabs_jax.verification import verify
@@ -13,6 +14,7 @@ __all__ = [
     "BatchStatistics",
     "PartialStatistics",
     "UncoveredParameterError",
+    "adam_metric",
     "pad",
     "value_and_grad",
     "verify",

@@ -21,6 +21,7 @@ from cabs_jax.graph.arguments import Arguments, positions_of, read_arguments, tr
 from cabs_jax.graph.program import Value, read
 from cabs_jax.masks import filled
 from cabs_jax.measure import Marks, Measurement
+from cabs_jax.metric import metric_of, square_in
 from cabs_jax.norms import reductions
 from cabs_jax.rules import penalties, uses
 from cabs_jax.rules.plan import Leaf, Mode, plan_leaf, uses_of
@@ -34,6 +35,7 @@ def value_and_grad(
     has_aux: bool = False,
     in_axes: Any = None,
     sample: int | None = None,
+    metric: Callable[[Any], Any] | None = None,
 ) -> Callable[..., Any]:
     r"""Return a function that gives the mean loss, its gradient, and gradient statistics.
 
@@ -52,6 +54,12 @@ def value_and_grad(
             everything else. Random keys are split: ``jax.random.split(key, m)``.
         sample: Over how many examples norms are taken, the first ones, at least 1; all by
             default. The estimate stays unbiased, varies more, and can be negative.
+        metric: For norms in the metric of an optimizer's step,
+            :math:`|x|_P^2 = \sum_c P_c x_c^2`: a function from the gradients, as they are returned,
+            to P, real and not negative, of the same structure and shapes;
+            :func:`cabs_jax.adam_metric` makes one. Elementwise squares are then summed over the
+            examples, for which the gradients of convolution kernels and of what has no rule are
+            formed for each example, all at a time.
 
     Returns:
         A function of the same arguments, but batches in place of examples, and of ``mask``: which
@@ -85,8 +93,12 @@ def value_and_grad(
 
     def measured(*args: Any, mask: Any = None) -> Any:
         positions = positions_of(argnums, len(args))
-        found = measure(loss_fn, args, positions, has_aux, in_axes, sample, mask)
-        gradients = found.gradients[0] if isinstance(argnums, int) else found.gradients
+        single = isinstance(argnums, int)
+        found = measure(
+            *(loss_fn, args, positions, has_aux, in_axes, sample, mask),
+            metric if metric is None or not single else lambda given: (metric(given[0]),),
+        )
+        gradients = found.gradients[0] if single else found.gradients
         total = sum(found.squares[1:], start=found.squares[0])
         statistics = BatchStatistics(
             found.examples.astype(jnp.int32),
@@ -139,6 +151,7 @@ def measure(
     in_axes: Any,
     sample: int | None,
     mask: Any,
+    metric: Callable[[Any], Any] | None = None,
 ) -> Result:
     """Run the loss of one example for all of them, forward and backward, and measure."""
     arguments = read_arguments(args, argnums, in_axes)
@@ -154,7 +167,11 @@ def measure(
     terms = penalties.separate(scope)
     uses = uses_of(scope)
     inputs = scope.inputs[: len(arguments.leaves)]
-    leaves = {value: plan_leaf(value, uses[value]) for value in inputs if value in uses}
+    leaves = {
+        value: plan_leaf(value, uses[value], is_elementwise=metric is not None)
+        for value in inputs
+        if value in uses
+    }
     names = dict(zip(inputs, arguments.paths, strict=True))
     measurement = Measurement(scope, leaves, names, sample or examples)
 
@@ -194,9 +211,19 @@ def measure(
     found = marks.rebuilt(flat_found)
     sampled = _counted(mask, examples, sample)
     share = jnp.ones((), jnp.float32) if sample in (None, examples) else counted / sampled
+    given = _summed(gradients, own, argnums)
+    weights: dict[Value, Any] = {}
+    in_metric = None
+    if metric is not None:
+        in_metric = metric_of(metric, given)
+        flat = jax.tree.leaves(_with(arguments, argnums, in_metric, args))
+        weights = {value: one for value, one in zip(inputs, flat, strict=True) if value in leaves}
     squares = {}
     for value, leaf in leaves.items():
-        square = meshes.automatic(partial(_square, leaf, sample=sample), _marks(value, leaf, found))
+        how = partial(_square, leaf, sample=sample)
+        if metric is not None:
+            how = partial(_weighted_square, leaf, weights[value], sample=sample)
+        square = meshes.automatic(how, _marks(value, leaf, found))
         squares[value] = square * (counted**2 * share).astype(square.dtype)
     if terms:
         known = dict(zip(scope.inputs, [*arguments.leaves, *closed.consts], strict=True))
@@ -204,14 +231,15 @@ def measure(
         flat = jax.tree.leaves(_with(arguments, argnums, gradients, args))
         for value, gradient in zip(inputs, flat, strict=True):
             if value in leaves:
-                shift = squares[value], counted, gradient, shifts[value]
+                weight = weights.get(value, 1.0)
+                shift = squares[value], counted, gradient, shifts[value], weight
                 squares[value] = meshes.automatic(penalties.shifted, *shift)
     return Result(
         loss,
         jax.tree.unflatten(structure, aux),
-        _summed(gradients, own, argnums),
+        given,
         tuple(sorted(_axes_summed(own, arguments))),
-        square_of(gradients),
+        square_of(gradients) if in_metric is None else square_in(in_metric, gradients),
         [squares[value] for value in leaves],
         {names[value]: leaf for value, leaf in leaves.items()},
         counted,
@@ -314,3 +342,14 @@ def _square(leaf: Leaf, marks: Any, sample: int | None) -> Array:
     if leaf.mode is Mode.GRADIENTS:
         return jnp.sum(reductions.square(some))
     return jnp.sum(uses.square(leaf.factors, some))
+
+
+def _weighted_square(leaf: Leaf, weight: Any, marks: Any, sample: int | None) -> Array:
+    """Return the same with each coordinate's squares multiplied by its weight."""
+    some = jax.tree.map(lambda array: array[:sample], marks)
+    if leaf.mode is Mode.GRADIENTS:
+        found = reductions.wide(some)
+        found = jnp.sum(jnp.real(found * jnp.conj(found)), axis=0)
+    else:
+        found = uses.coordinate_squares(leaf.factors, some, jnp.shape(weight))
+    return jnp.sum(found * weight.astype(found.dtype))

@@ -4,9 +4,9 @@
 
 For each overhead and learning rate, the best constant size is chosen on one seed, and compared with
 on another, so that luck does not choose it. A rule's time is that to the loss which this constant
-has after an eighth, a quarter and a half of the budget, as a ratio to the constant's own time; a loss
-that is not reached counts as reached at the end. Writes RUNS/seconds.inc, seconds-overheads.inc and
-seconds.svg.
+has after an eighth, a quarter and a half of the budget, as a ratio to the constant's own time; a
+loss that is not reached counts as reached at the end. Writes RUNS/seconds.inc,
+seconds-overheads.inc and seconds.svg.
 """
 
 from __future__ import annotations

@@ -128,3 +128,28 @@ def test_orbax_stores_a_loader_beside_the_parameters(tmp_path):
     rest.restore({"params": restored.params, "loader": restored.loader})
     assert seen + rest.train(12) == expected
     same(rest.params, whole.params)
+
+
+ADAMS = {
+    "adam": (optax.adam(0.1, b2=0.9, eps=1e-3), {"b2": 0.9, "eps": 1e-3}, optax.scale_by_adam),
+    "adamw": (optax.adamw(0.1, eps_root=1e-6), {"eps_root": 1e-6}, optax.scale_by_adam),
+    "nadam": (optax.nadam(0.1), {}, optax.scale_by_adam),
+    "amsgrad": (optax.amsgrad(0.1), {}, optax.scale_by_amsgrad),
+}
+
+
+@pytest.mark.parametrize("name", ADAMS)
+def test_p_is_what_the_step_of_optax_multiplies_with(name):
+    optimizer, options, bare = ADAMS[name]
+    found = {"w": jnp.array([1.0, -2.0, 0.5])}
+    state = optimizer.init(found)
+    for step in range(4):
+        gradients = {"w": jnp.array([0.3, -0.2, 4.0]) / (step + 1)}
+        weights = cabs_jax.adam_metric(state, **options)(gradients)
+        is_moments = lambda node: hasattr(node, "nu")  # noqa: E731
+        (moments,) = filter(is_moments, jax.tree.leaves(state, is_leaf=is_moments))
+        # Without momentum, the step is P times the gradient.
+        stepped, _ = bare(b1=0.0, **options).update(gradients, moments)
+        np.testing.assert_allclose(stepped["w"], weights["w"] * gradients["w"], rtol=1e-4)
+        updates, state = optimizer.update(gradients, state, found)
+        found = optax.apply_updates(found, updates)

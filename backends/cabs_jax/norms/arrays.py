@@ -113,6 +113,18 @@ class JaxArrays:
     ) -> Any:
         return reductions.in_chunks(function, operands, needed)
 
+    def coordinate_squares(
+        self, rows: Callable[..., Array], operands: Sequence[Array], needed: int
+    ) -> tuple[Array, None]:
+        def some(*operands: Array) -> Array:
+            return jnp.sum(lax.square(self.wide(rows(*operands))), axis=0, keepdims=True)
+
+        return reductions.sum_of_chunks(some, operands, needed), None
+
+    def merged(self, array: Array, axis: int) -> Array:
+        moved = jnp.moveaxis(array, 0, axis - 1)
+        return moved.reshape(1, *moved.shape[: axis - 1], -1, *moved.shape[axis + 1 :])
+
     def unless_cancelled(
         self, total: Array, bound: Array, limit: float, otherwise: Callable[[], Array]
     ) -> Array:

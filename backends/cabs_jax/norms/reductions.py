@@ -54,22 +54,38 @@ def in_chunks(function: Callable[..., Any], arrays: Sequence[Array], needed: int
         arrays: The arrays of all examples.
         needed: How many elements the temporaries of an example have.
     """
+    chunks, rest = _chunks(arrays, needed)
+    if not chunks:
+        return function(*rest)
+    found = lax.map(lambda some: function(*some), chunks)
+    found = jax.tree.map(lambda one: one.reshape(-1, *one.shape[2:]), found)
+    if not rest:
+        return found
+    return jax.tree.map(lambda *both: jnp.concatenate(both), found, function(*rest))
+
+
+def sum_of_chunks(function: Callable[..., Array], arrays: Sequence[Array], needed: int) -> Array:
+    """Return the sum of what a function returns for some examples at a time; as above."""
+    chunks, rest = _chunks(arrays, needed)
+    if not chunks:
+        return function(*rest)
+    like = jax.eval_shape(function, *(array[0] for array in chunks))
+    zero = jnp.zeros(like.shape, like.dtype)
+    total, _ = lax.scan(lambda total, some: (total + function(*some), None), zero, chunks)
+    return total + function(*rest) if rest else total
+
+
+def _chunks(arrays: Sequence[Array], needed: int) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
+    """Return arrays cut into chunks, with these in front, and what is left; one chunk is left."""
     examples = len(arrays[0])
     chunks = min(examples, -(-examples * needed // _CHUNK))
     if chunks <= 1:
-        return function(*arrays)
+        return (), tuple(arrays)
     size = examples // chunks
     # Chunks that leave no rest are compiled once.
     even = max(some for some in range(1, size + 1) if examples % some == 0)
     size = even if 2 * even >= size else size
-    chunks = examples // size
-
-    def head(array: Array) -> Array:
-        return array[: chunks * size].reshape(chunks, size, *array.shape[1:])
-
-    found = lax.map(lambda some: function(*some), tuple(map(head, arrays)))
-    found = jax.tree.map(lambda one: one.reshape(-1, *one.shape[2:]), found)
-    if chunks * size == examples:
-        return found
-    rest = function(*(array[chunks * size :] for array in arrays))
-    return jax.tree.map(lambda *both: jnp.concatenate(both), found, rest)
+    count = examples // size
+    whole = tuple(a[: count * size].reshape(count, size, *a.shape[1:]) for a in arrays)
+    is_even = count * size == examples
+    return whole, () if is_even else tuple(array[count * size :] for array in arrays)

@@ -110,7 +110,9 @@ def _evaluate(atom: Atom, known: dict[Value, Any]) -> Any:
     return known_value(atom, known)
 
 
-def shifted(square: Array, examples: Array, gradient: Array, shift: Array) -> Array:
+def shifted(
+    square: Array, examples: Array, gradient: Array, shift: Array, metric: Array | float = 1.0
+) -> Array:
     r"""Return :math:`\sum_i |g_i + c|^2` from :math:`\sum_i |g_i|^2`.
 
     Args:
@@ -118,13 +120,14 @@ def shifted(square: Array, examples: Array, gradient: Array, shift: Array) -> Ar
         examples: m.
         gradient: The mean of all :math:`g_i + c`.
         shift: c.
+        metric: What each square counts.
 
     Returns:
         The sum; nan where the two nearly cancel, and nothing but rounding errors is left.
     """
     shift, gradient = reductions.wide(shift), reductions.wide(gradient)
-    moved = jnp.sum(jnp.real((2.0 * gradient - shift) * jnp.conj(shift)))
-    own = jnp.sum(reductions.square(shift[None]))
+    moved = jnp.sum(metric * jnp.real((2.0 * gradient - shift) * jnp.conj(shift)))
+    own = jnp.sum(metric * jnp.real(shift * jnp.conj(shift)))
     weight = examples.astype(square.dtype)
     total = square + weight * moved
     info: Any = jnp.finfo(square.dtype)  # type: ignore[no-untyped-call]

@@ -232,6 +232,21 @@ def _factors(use: Use) -> Factors | None:
     return Factors(rule, use.view, Axes(*placed), use.loops, left, right)
 
 
+def _kind(factors: Factors, value: Value) -> Any:
+    """Return what factors of one kind have alike, whose positions can be put one after another.
+
+    None for those of a part of a parameter, of slices of it, or of a table's columns.
+    """
+    view, axes = factors.view, factors.axes
+    if view.key is not None or view.region != View.whole(None, value.aval.shape).region:
+        return None
+    if factors.loops or any(None in some for some in axes):
+        return None
+    if isinstance(factors.rule, Lookup):
+        return Lookup if axes.left == (0,) else None
+    return axes.batch, frozenset({axes.left, axes.right})
+
+
 @dataclass(frozen=True)
 class Leaf:
     """How the gradient of one parameter is measured."""
@@ -250,8 +265,14 @@ class Leaf:
         return " + ".join(names) or "no gradient"
 
 
-def plan_leaf(value: Value, uses: Sequence[Use]) -> Leaf:
-    """Return how the gradient of a parameter is measured."""
+def plan_leaf(value: Value, uses: Sequence[Use], *, is_elementwise: bool = False) -> Leaf:
+    """Return how the gradient of a parameter is measured, for squares by themselves or summed."""
+    if is_elementwise:
+        factors = tuple(filter(None, map(_factors, uses)))
+        kinds = {_kind(one, value) for one in factors}
+        if len(factors) == len(uses) and len(kinds) == 1 and None not in kinds:
+            return Leaf(Mode.FACTORS, tuple(uses), factors)
+        return Leaf(Mode.GRADIENTS, tuple(uses))
     alone = not any(use.is_across or use.is_repeated for use in uses)
     if alone and all(one.is_apart(other) for one, other in combinations(uses, 2)):
         return Leaf(Mode.SQUARES, tuple(uses))

@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax.numpy as jnp
 from jax import Array
 
 from cabs.gradients import shared_weights
+from cabs.gradients import terms as terms_of
+from cabs.gradients.terms import Term
 from cabs_jax.norms.arrays import ARRAYS
 from cabs_jax.rules.parameter_gradients import Lookup
 from cabs_jax.rules.plan import Factors, known
@@ -39,6 +42,31 @@ def square(uses: Sequence[Factors], factors: Sequence[tuple[Array, Array]]) -> A
     rows = max((use.rule.length for use in uses if isinstance(use.rule, Lookup)), default=0)
     squares: Array = shared_weights.squares(ARRAYS, products, taken, rows)
     return squares
+
+
+def coordinate_squares(
+    uses: Sequence[Factors], factors: Sequence[tuple[Array, Array]], shape: Sequence[int]
+) -> Array:
+    """Return the sum over examples of the gradient's elementwise squares, in a parameter's shape.
+
+    Of uses of one kind, all of them of the whole parameter; arguments are those of :func:`square`.
+    """
+    terms: list[Term] = []
+    for use, (left, right) in zip(uses, factors, strict=True):
+        if isinstance(use.rule, Lookup):
+            rows = right.reshape(*left.shape, -1)
+            terms.append(terms_of.Lookup(left.astype(jnp.int32), rows, tuple(shape)))
+        else:
+            sides = (_arranged(use, left, use.axes.left), _arranged(use, right, use.axes.right))
+            axes = (_known_in_order(some) for some in use.axes)
+            terms.append(terms_of.Product(*sides, tuple(shape), *axes))
+    term: Any = terms_of.as_one(ARRAYS, terms)
+    found: Array = term.coordinate_squares(ARRAYS)[0]
+    return found
+
+
+def _known_in_order(axes: Sequence[int | None]) -> tuple[int, ...]:
+    return tuple(sorted(axis for axis in axes if axis is not None))
 
 
 def _arranged(use: Factors, factor: Array, axes: Sequence[int | None]) -> Array:
