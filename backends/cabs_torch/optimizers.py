@@ -15,9 +15,7 @@ from torch import Tensor, optim
 
 from cabs_torch.errors import describe
 from cabs_torch.norms import reductions
-
-Weights = Callable[[Tensor], Tensor | float]
-"""From a parameter that holds its gradient, P in its shape, or one number for all elements."""
+from cabs_torch.norms.sums import Weights
 
 _Group = Mapping[str, Any]
 
@@ -40,7 +38,7 @@ def metric_of(optimizer: Any) -> Callable[[Any], Weights] | None:
             "optimizer must be a torch.optim.Optimizer, or a function from a parameter to the P of "
             f"its step, got {optimizer!r}"
         )
-    return lambda _: lambda parameter: _checked(optimizer(parameter), parameter)
+    return lambda _: lambda parameter: _of_function(optimizer(parameter), parameter)
 
 
 def _check_known(optimizer: Any) -> None:
@@ -58,20 +56,33 @@ def _of_step(
 ) -> Weights:
     groups = {id(one): group for group in optimizer.param_groups for one in group["params"]}
 
-    def weights(parameter: Tensor) -> Tensor:
-        group, gradient = groups[id(parameter)], reductions.dense(_held(parameter))
-        if scale is not None:
-            gradient = gradient / scale.to(gradient.device)
-        if group["maximize"]:
-            gradient = -gradient
-        is_decoupled = type(optimizer) is optim.AdamW or group.get("decoupled_weight_decay", False)
-        if group["weight_decay"] != 0 and not is_decoupled:
-            gradient = gradient + group["weight_decay"] * parameter.detach()
+    def weights(parameter: Tensor) -> Callable[[slice], Tensor]:
+        group, gradients = groups[id(parameter)], reductions.rows(_held(parameter))
         # Not by its index, which would make an empty one.
-        root = find(group, optimizer.state.get(parameter, {}), gradient)
-        return torch.add(root, group["eps"]).reciprocal_()
+        state = optimizer.state.get(parameter, {})
+        moments = {name: reductions.rows(one) for name, one in state.items() if name in _MOMENTS}
+        is_decoupled = type(optimizer) is optim.AdamW or group.get("decoupled_weight_decay", False)
+        decay = 0.0 if is_decoupled else group["weight_decay"]
+
+        def of_part(part: slice) -> Tensor:
+            gradient = reductions.at_least_single(gradients[part])
+            if scale is not None:
+                gradient = gradient / scale.to(gradient.device)
+            if group["maximize"]:
+                gradient = -gradient
+            if decay != 0:
+                gradient = gradient + decay * reductions.rows(parameter.detach())[part]
+            some = {name: one[part] for name, one in moments.items()}
+            root = find(group, {**state, **some}, gradient)
+            return root.add_(group["eps"]).reciprocal_()
+
+        return of_part
 
     return weights
+
+
+_MOMENTS = frozenset({"exp_avg_sq", "grad_avg", "max_exp_avg_sq", "square_avg", "sum"})
+"""What states hold for each element that P is made of."""
 
 
 def _held(parameter: Tensor) -> Tensor:
@@ -83,12 +94,13 @@ def _held(parameter: Tensor) -> Tensor:
     return parameter.grad
 
 
-def _checked(found: Any, parameter: Tensor) -> Tensor | float:
+def _of_function(found: Any, parameter: Tensor) -> Callable[[slice], Tensor | float]:
     """Return what a function gave for a parameter, if it can be its P."""
     if isinstance(found, Tensor) and found.shape == parameter.shape:
-        return found.detach()
+        rows = reductions.rows(found.detach())
+        return lambda part: rows[part]
     if isinstance(found, Tensor | int | float) and not getattr(found, "shape", ()):
-        return found.detach() if isinstance(found, Tensor) else float(found)
+        return lambda _: found
     got = f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else repr(found)
     raise ValueError(
         f"optimizer must give P as a number, or as a tensor in the shape of {describe(parameter)}, "
@@ -98,8 +110,9 @@ def _checked(found: Any, parameter: Tensor) -> Tensor | float:
 
 def _moment(held: Tensor | None, new: Tensor, decay: Any) -> Tensor:
     """Return a running average with a new value in it; one that begins is 0 before."""
-    added = torch.mul(new, 1.0 - decay)
-    return added if held is None else added.add_(held * decay)
+    share = 1.0 - decay
+    share = share.to(new) if isinstance(share, Tensor) else share
+    return torch.mul(new, share) if held is None else torch.lerp(held.to(new.dtype), new, share)
 
 
 def _of_adam(group: _Group, state: Mapping[str, Any], gradient: Tensor) -> Tensor:

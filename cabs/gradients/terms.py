@@ -131,8 +131,10 @@ class Product:
     def coordinate_squares(self, arrays: SummingArrays) -> Array:
         if arrays.shape(self.left)[2] > 1:
             return self.formed(arrays).coordinate_squares(arrays)
-        squares = outer_products.coordinate_squares(arrays, self.left, self.right)
-        return self._arranged(arrays, squares)
+        # In the parameter's order of axes, so that nothing is transposed.
+        ordered = self if self.rows <= self.columns else self.turned()
+        squares = outer_products.coordinate_squares(arrays, ordered.left, ordered.right)
+        return ordered._arranged(arrays, squares)
 
     def _arranged(self, arrays: Arrays, formed: Array) -> Array:
         """Return gradients of shape (n, E, k, h) in that of the parameter."""

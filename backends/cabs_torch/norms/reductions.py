@@ -19,6 +19,9 @@ from torch import Tensor
 # Elements of the temporaries that a chunk of examples may need: 8 MiB in float32.
 _CHUNK = 2**21
 
+# Elements of a temporary of which a processor's cache holds several, measured.
+_CACHED = 2**17
+
 # Squares summed in single precision before the sum goes on in double.
 _BLOCK = 2048
 
@@ -55,6 +58,20 @@ def parts(examples: int, needed: int, chunk: int | None) -> Iterator[slice]:
     size = chunk or whole
     for start in range(0, examples, size):
         yield slice(start, min(start + size, examples))
+
+
+def rows(tensor: Tensor) -> Tensor:
+    """Return what is indexed by rows: not sparse, and with an axis at least."""
+    dense = tensor.to_dense() if tensor.is_sparse else tensor
+    return dense if dense.dim() else dense.reshape(1)
+
+
+def blocks(rows: Tensor) -> Iterator[slice]:
+    """Yield slices of rows, of which several temporaries fit into a processor's cache."""
+    width = rows[:1].numel() if rows.device.type == "cpu" else 0
+    size = max(1, _CACHED // width) if width else len(rows)
+    for start in range(0, len(rows), size):
+        yield slice(start, start + size)
 
 
 def square(tensor: Tensor) -> Tensor:
@@ -101,15 +118,6 @@ def with_squares(total: Tensor | None, rows: Tensor) -> Tensor:
     if len(rows) == 1:
         return total.addcmul_(rows, rows)
     return total.add_(rows.square().sum(dim=0, keepdim=True))
-
-
-def total(tensor: Tensor) -> Tensor:
-    """Return the sum of all elements."""
-    flat = at_least_single(tensor).flatten()
-    whole = 0 if is_small(flat) else flat.numel() // _BLOCK * _BLOCK
-    # As with squares: blocks in single precision, and their sums in double.
-    blocks = flat[:whole].view(-1, _BLOCK).sum(dim=1)
-    return blocks.sum(dtype=torch.float64) + flat[whole:].sum(dtype=torch.float64)
 
 
 def zero(device: torch.device) -> Tensor:

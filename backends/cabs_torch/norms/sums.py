@@ -59,6 +59,10 @@ class SquareSums:
         return total.index_add_(0, torch.tensor(numbers, device=device), whole)
 
 
+Weights = Callable[[Tensor], Callable[[slice], Tensor | float]]
+"""From a parameter, the weights of some of its rows; or one number for all."""
+
+
 class ElementwiseSums:
     """Elementwise squares, in the shape of the parameter that they belong to, by its node."""
 
@@ -80,19 +84,18 @@ class ElementwiseSums:
         is_kept = is_changed or leaf.variable.grad is not None
         self._gradients[leaf] = gradient if is_kept else None
 
-    def weighted(
-        self, weights: Callable[[Tensor], Tensor | float]
-    ) -> tuple[SquareSums, SquareSums]:
-        """Return sums of the squares, and of those of the gradient itself, times weights.
-
-        Args:
-            weights: From a parameter, in its shape, or one for all of its elements.
-        """
+    def weighted(self, weights: Weights) -> tuple[SquareSums, SquareSums]:
+        """Return sums of the squares, and of those of the gradient itself, times weights."""
         squares, norms = SquareSums(), SquareSums()
         for leaf, gradient in self._gradients.items():
-            weight = weights(leaf.variable)
-            dense = reductions.dense(leaf.variable.grad if gradient is None else gradient)
-            norms.add(leaf, reductions.total(dense.square() * weight))
-            if leaf in self._squares:
-                squares.add(leaf, reductions.total(self._squares[leaf] * weight))
+            of_part = weights(leaf.variable)
+            held = leaf.variable.grad if gradient is None else gradient
+            whole, summed = reductions.rows(held), self._squares.get(leaf)
+            for part in reductions.blocks(whole):
+                weight = of_part(part)
+                some = reductions.at_least_single(whole[part]).square().mul_(weight)
+                norms.add(leaf, some.sum().double())
+                if summed is not None:
+                    some = reductions.rows(summed)[part] * weight
+                    squares.add(leaf, some.sum().double())
         return squares, norms
