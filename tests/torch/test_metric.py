@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 import cabs
 import cabs_torch
 from cabs_torch import summed
+from cabs_torch.norms import reductions
 from tests.torch.models import Residual, cross_entropy, squares
 from tests.torch.reference import gradients_one_by_one
 from tests.torch.test_networks import BLOCKS, Network, word_losses
@@ -131,8 +132,12 @@ def assert_sums(statistics, sums, rtol=1e-9):
     chunk=st.sampled_from([None, 1, 3]),
     sample=st.sampled_from([None, 2]),
     is_summed=st.booleans(),
+    small=st.sampled_from([1, 2**14]),
+    cached=st.sampled_from([1, 7, 2**17]),
 )
-def test_p_is_what_a_step_divides_by(kind, options, seed, name, before, chunk, sample, is_summed):
+def test_p_is_what_a_step_divides_by(
+    kind, options, seed, name, before, chunk, sample, is_summed, small, cached
+):
     torch.manual_seed(seed)
     model, losses_of, inputs, targets = network(name)
     optimizer = optimizer_of(model, kind, options)
@@ -147,6 +152,7 @@ def test_p_is_what_a_step_divides_by(kind, options, seed, name, before, chunk, s
     with (
         mock.patch.object(summed, "_WORTHWHILE", 1 if is_summed else 2**60),
         mock.patch("cabs.gradients.outer_products.ADDED", -(10**9)),
+        mock.patch.multiple(reductions, _SMALL=small, _CACHED=cached),
     ):
         losses = losses_of(model(inputs), targets)
         statistics = cabs_torch.backward(losses, optimizer=optimizer, chunk=chunk, sample=sample)

@@ -249,9 +249,35 @@ def a_compiled_step_of_a_wrapper_is_an_error():
     torch.testing.assert_close(found, trace_of(own_rows()))
 
 
+def the_metric_is_that_of_the_gradient_with_which_a_rank_steps():
+    inputs, targets = share()
+    rows = own_rows()
+    wrappers = {
+        "none": lambda model: model,
+        "ddp": DistributedDataParallel,
+        "static": lambda model: DistributedDataParallel(model, static_graph=True),
+        "views": lambda model: DistributedDataParallel(model, gradient_as_bucket_view=True),
+    }
+    for name, wrap in wrappers.items():
+        model = wrap(network())
+        optimizer = torch.optim.Adam(model.parameters(), eps=0.1)
+        for _ in range(3):
+            optimizer.zero_grad()
+            losses = cross_entropy(model(inputs), targets)
+            statistics = cabs_torch.backward(losses, optimizer=optimizer, process_group=False)
+            held = torch.cat([one.grad.flatten() for one in model.parameters()])
+            is_own = torch.allclose(held, rows.mean(dim=0))
+            assert is_own == (name == "none"), name
+            weights = 1.0 / (held.abs() + 0.1)
+            found = statistics.group_square_sum, statistics.gradient_norm_squared
+            norms = (rows.square() @ weights).sum(), rows.mean(dim=0).square() @ weights
+            torch.testing.assert_close(found, tuple(one.reshape(1) for one in norms))
+
+
 CLAIMS = (
     numbers_without_a_word_about_ranks_are_errors,
     backward_measures_this_ranks_own_examples_under_every_wrapper,
+    the_metric_is_that_of_the_gradient_with_which_a_rank_steps,
     gradients_that_somebody_reduces_give_no_statistics_of_microbatches,
     reductions_are_noticed_in_tables_and_in_reentrant_checkpoints,
     gradients_that_overflow_are_no_reduction,

@@ -40,10 +40,11 @@ class TorchArrays:
 
     def contract(self, left: Tensor, right: Tensor, axis: int) -> Tensor:
         left, right = self.wide(left), self.wide(right)
+        left, right = (left.mT, right) if axis == 2 else (left, right.mT)
         if left.shape[:2] == right.shape[:2] == (1, 1):
             # Faster than a batch of one.
-            return self.contract(left[0, 0], right[0, 0], axis)[None, None]
-        return left.mT @ right if axis == 2 else left @ right.mT
+            return (left[0, 0] @ right[0, 0])[None, None]
+        return left @ right
 
     def squares(self, array: Tensor) -> Tensor:
         # In double precision, a root would only round.

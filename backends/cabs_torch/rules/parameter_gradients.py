@@ -72,11 +72,8 @@ def enter(
     return inner
 
 
-_Spared = Callable[[TorchArrays], int]
-
-
 def _parameter_input(
-    rule: str, term: Callable[[Tensor, int], Term], spared: _Spared = lambda _: 0
+    rule: str, term: Callable[[Tensor, int], Term], spared: Callable[..., int] = lambda _: 0
 ) -> ParameterInput:
     """Return an input whose gradients depend on the cotangent of the first output."""
 
