@@ -19,7 +19,7 @@ _BETWEEN = 4
 # The last timings, whose median tells whether the clock has drifted, by how much in logarithms.
 _RECENT, _DRIFT = 24, 0.4
 # For how many timings the sizes are varied, at least and at most, and the deviation that ends it.
-_LEAST, _TRIED, _SURE = 16, 64, 0.1
+_LEAST, _TRIED, _SURE = 16, 96, 0.1
 # A standard deviation over a median absolute deviation, and the standard error of a median over
 # that of a mean, for normal numbers.
 _OF_DEVIATION, _OF_MEDIAN = 1.4826, 1.2533

@@ -414,11 +414,11 @@ def _choose(configuration: Configuration, current: int, raw: float) -> tuple[int
 def _explored(
     configuration: Configuration, clock: Clock, current: int, raw: float
 ) -> tuple[int, Reason]:
-    """Return the smallest size, or one a good deal larger than what is asked for, in turn."""
+    """Return half of what is asked for, or four times as much, in turn."""
     sizes = configuration.sizes
-    if not clock.tries_larger:
-        return sizes.minimum, Reason.EXPLORING
-    size = sizes.nearest(max(4.0 * raw, 8.0 * sizes.minimum))
+    size = sizes.nearest(0.5 * raw)
+    if clock.tries_larger:
+        size = sizes.nearest(max(4.0 * raw, 8.0 * size))
     if configuration.max_growth is not None and size > current:
         size = min(size, sizes.limit_growth(current, configuration.max_growth))
     return size, Reason.EXPLORING
