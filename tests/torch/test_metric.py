@@ -294,6 +294,23 @@ def test_low_precision_is_as_good_as_its_gradients(dtype, rtol):
     assert_sums(low, sums, rtol=rtol)
 
 
+@pytest.mark.parametrize("name", ["convolutions", "bags", "attention, layer norm"])
+@pytest.mark.parametrize("worthwhile", [1, 2**60])
+def test_single_precision_takes_the_same_ways(name, worthwhile, monkeypatch):
+    torch.manual_seed(0)
+    model, losses_of, inputs, targets = network(name)
+    # Where a gradient is 0 but for rounding, P depends on that.
+    optimizer = torch.optim.RMSprop(model.parameters(), eps=1e-2)
+    exact = cabs_torch.backward(losses_of(model(inputs), targets), optimizer=optimizer)
+    sums = torch.stack([exact.group_square_sum, exact.gradient_norm_squared])
+    optimizer.zero_grad()
+    monkeypatch.setattr(summed, "_WORTHWHILE", worthwhile)
+    monkeypatch.setattr("cabs.gradients.outer_products.ADDED", -(10**9))
+    inputs = inputs.float() if inputs.is_floating_point() else inputs
+    found = cabs_torch.backward(losses_of(model.float()(inputs), targets), optimizer=optimizer)
+    assert_sums(found, sums, rtol=1e-4)
+
+
 def test_layers_that_no_rule_covers_are_left_out():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1)).double()
