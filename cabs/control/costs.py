@@ -83,8 +83,8 @@ def timed(clock: Clock, examples: int, seconds: float) -> Clock:
     if steps % _BETWEEN:
         return Clock(timings, recent, steps, clock.cost, clock.explores)
     if clock.cost is not None and _has_drifted(clock.cost, recent, timings):
-        # Of what was timed before, nothing holds; sizes are varied anew.
-        return Clock(_sorted_in((), recent), (), len(recent))
+        # Of what was timed nothing holds; some of the last timings, too, are those of before.
+        return Clock(cost=clock.cost)
     cost = _fitted(timings) or clock.cost
     explores = (
         clock.explores and steps < _TRIED and not (steps >= _LEAST and _is_sure(cost, recent))

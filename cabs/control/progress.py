@@ -29,8 +29,8 @@ class Progress:
         overhead: :math:`h`, from the time of a step, :math:`c (h + m)`: how many examples take as
             long as the part of a step that does not depend on their number. None measures it:
             give :meth:`cabs.Controller.update` a :class:`cabs.Stopwatch`, or seconds. Sizes are
-            then varied in the first 16 to 96 steps, between half of what is asked for and four times as
-            much, three steps at a time.
+            then varied in the first 16 to 96 steps, three at a time, between half of what is asked
+            for and four times as much.
         loss_floor: :math:`F_*`, if it is known. It is not needed.
         adaptive: Whether the optimizer divides by the root of a second moment that the batch is in,
             as Adam does. Then variance and gradient are those in the metric of its step,

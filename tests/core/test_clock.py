@@ -56,7 +56,7 @@ def test_the_overhead_is_found_within_a_fifth(overhead):
             for seed in range(40)
         ]
     )
-    # Half of the time or more is noise: some are unlucky, in a number that a size takes the root of.
+    # Half of the time or more is noise: some are unlucky.
     assert np.median(abs(found - 1.0)) < 0.15
     assert np.mean(abs(found - 1.0) < 0.2) >= 0.6
 
