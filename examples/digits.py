@@ -5,6 +5,7 @@
     python examples/digits.py --backend jax
     python examples/digits.py --backend tensorflow
     python examples/digits.py --backend numpy
+    torchrun --nproc-per-node 2 examples/digits.py
     python examples/digits.py --data fashion-mnist --data-dir DIR --epochs 3
 
 Leaves the run log, run.jsonl, and a figure, run.png, in the folder given by --out.
@@ -54,44 +55,63 @@ def main() -> None:
     data = load(options.data, options.data_dir)
     examples, *image_shape = data.train_images.shape
     classes = int(data.train_labels.max()) + 1
+    rank, ranks = training.place(options.backend)
+    if ranks > 1 and options.rule == "progress":
+        raise SystemExit("--rule progress measures what a step costs, which ranks would not alike")
     trainer = training.trainer(options.backend, tuple(image_shape), classes, options.seed)
 
     sizes = cabs.BatchSizes.range(16, min(2048, examples))
     controller = cabs.Controller(16, sizes=sizes, rule=RULES[options.rule])
     watch = cabs.Stopwatch()
-    sampler = cabs.BatchSampler(examples, controller, seed=options.seed)
+    sampler = cabs.BatchSampler(
+        examples, controller, seed=options.seed, rank=rank, world_size=ranks
+    )
+    loader = cabs.data.Loader(
+        lambda indices: (data.train_images[indices], data.train_labels[indices]), sampler
+    )
     options.out.mkdir(parents=True, exist_ok=True)
-    path = options.out / "run.jsonl"
+    # Each rank decides for itself, and all decide alike.
+    path = options.out / (f"run.{rank}.jsonl" if rank else "run.jsonl")
 
     rate = options.learning_rate
     with (
         cabs.RunLog(path, controller, mode="w") as log,
-        tqdm(total=options.epochs * examples, unit=" examples", unit_scale=True) as progress,
+        tqdm(
+            total=options.epochs * examples,
+            unit=" examples",
+            unit_scale=True,
+            disable=rank > 0,
+        ) as progress,
     ):
-        while sampler.epoch < options.epochs:
-            for indices in sampler:
-                step = trainer.step(data.train_images[indices], data.train_labels[indices], rate)
+        while loader.epoch < options.epochs:
+            for images, labels in loader:
+                used = loader.batch.examples
+                step = trainer.step(images, labels, rate, used)
                 decision = controller.update(
                     learning_rate=options.learning_rate,
                     variance_trace=step.variance_trace,
                     loss=step.loss,
-                    seconds=watch,
+                    seconds=watch if ranks == 1 else None,
                 )
                 # Below 1 only where the rule asks for more than the largest batch.
                 rate = options.learning_rate * decision.learning_rate_factor
-                log.write(decision, examples=len(indices), accuracy=step.accuracy)
-                progress.update(len(indices))
+                log.write(decision, examples=used, accuracy=step.accuracy)
+                progress.update(used)
                 progress.set_postfix(
                     loss=f"{decision.observation.loss:.3f}",
                     accuracy=f"{float(step.accuracy):.3f}",
                     batch=decision.batch_size,
                 )
 
+    if rank:
+        return
     run = cabs.read_run(path)
-    used = [numbers["examples"] for numbers in run.measurements]
+    sizes_used = [numbers["examples"] for numbers in run.measurements]
     figure = options.out / "run.png"
     plot_run(run).savefig(figure, dpi=150)
-    print(f"batch sizes from {min(used)} to {max(used)} in {len(used)} steps")
+    smallest, largest = min(sizes_used), max(sizes_used)
+    together = f" on {ranks} ranks" if ranks > 1 else ""
+    print(f"batch sizes from {smallest} to {largest} in {len(sizes_used)} steps{together}")
     if controller.step_cost is not None:
         cost = controller.step_cost
         print(

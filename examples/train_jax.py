@@ -59,8 +59,9 @@ class Trainer:
             "out": {"kernel": uniform()(keys[2], (flat, classes)), "bias": jnp.zeros(classes)},
         }
 
-    def step(self, images: Images, labels: Labels, learning_rate: float) -> Step:
+    def step(self, images: Images, labels: Labels, learning_rate: float, examples: int) -> Step:
         """Take one step of gradient descent."""
+        del examples  # All of them are here.
         batch, mask = cabs_jax.pad({"image": images, "label": labels}, GRID)
         self.parameters, taken = step(self.parameters, batch, mask, learning_rate)
         return taken

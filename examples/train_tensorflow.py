@@ -40,8 +40,9 @@ class Trainer:
         self._traced = tf.function(self._step, input_signature=[images, labels])
         self._scores = tf.function(self._forward, input_signature=[images])
 
-    def step(self, images: Images, labels: Labels, learning_rate: float) -> Step:
+    def step(self, images: Images, labels: Labels, learning_rate: float, examples: int) -> Step:
         """Take one step of gradient descent."""
+        del examples  # All of them are here.
         self.optimizer.learning_rate = learning_rate
         return self._traced(images, labels)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 from torch import nn
 
@@ -26,21 +28,27 @@ class Trainer:
             nn.Flatten(),
             nn.Linear(32 * (height // 4) * (width // 4), classes),
         )
+        # torchrun has started several ranks, each with a share of every batch.
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            torch.distributed.init_process_group("gloo")
+            self.trained: nn.Module = nn.parallel.DistributedDataParallel(self.model)
+        else:
+            self.trained = self.model
         self.optimizer = torch.optim.SGD(self.model.parameters())
 
-    def step(self, images: Images, labels: Labels, learning_rate: float) -> Step:
+    def step(self, images: Images, labels: Labels, learning_rate: float, examples: int) -> Step:
         """Take one step of gradient descent."""
         targets = torch.from_numpy(labels)
-        outputs = self.model(torch.from_numpy(images))
+        outputs = self.trained(torch.from_numpy(images))
         losses = nn.functional.cross_entropy(outputs, targets, reduction="none")
 
         self.optimizer.zero_grad()
-        statistics = cabs_torch.backward(losses)
+        statistics = cabs_torch.backward(losses, batch_size=examples)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         self.optimizer.step()
         accuracy = (outputs.argmax(dim=1) == targets).float().mean()
-        return Step(losses.mean(), statistics.variance_trace, accuracy)
+        return Step(statistics.loss, statistics.variance_trace, accuracy)
 
     @torch.no_grad()
     def accuracy(self, images: Images, labels: Labels) -> float:

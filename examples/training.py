@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 from typing import Any, NamedTuple, Protocol
 
 from datasets import Images, Labels
@@ -22,8 +23,8 @@ class Step(NamedTuple):
 class Trainer(Protocol):
     """A model and its gradient descent, in some framework."""
 
-    def step(self, images: Images, labels: Labels, learning_rate: float) -> Step:
-        """Take one step on a batch."""
+    def step(self, images: Images, labels: Labels, learning_rate: float, examples: int) -> Step:
+        """Take one step on this rank's share of a batch that has so many examples on all ranks."""
         ...
 
     def accuracy(self, images: Images, labels: Labels) -> float:
@@ -47,6 +48,17 @@ class LanguageTrainer(Protocol):
     def step(self, text: Labels, learning_rate: float) -> Step:
         """Take one step on a batch of texts, shape (m, length + 1)."""
         ...
+
+
+def place(backend: str) -> tuple[int, int]:
+    """Return this process's rank and how many there are, as ``torchrun`` says."""
+    rank, ranks = (int(os.environ.get(name, value)) for name, value in _SAID_BY_TORCHRUN.items())
+    if ranks > 1 and backend != "torch":
+        raise SystemExit(f"several ranks need --backend torch, got --backend {backend}")
+    return rank, ranks
+
+
+_SAID_BY_TORCHRUN = {"RANK": "0", "WORLD_SIZE": "1"}
 
 
 def trainer(backend: str, image_shape: tuple[int, ...], classes: int, seed: int) -> Trainer:

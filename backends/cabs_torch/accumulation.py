@@ -9,6 +9,7 @@ but gradients.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -18,13 +19,15 @@ from torch.autograd.graph import get_gradient_edge
 
 from cabs import PartialStatistics
 from cabs.values.scalars import as_integer
+from cabs_torch.engines import Engine, MeanGradient
 from cabs_torch.errors import describe
 from cabs_torch.graph.reentrant_checkpoints import is_reentrant_checkpoint
 from cabs_torch.norms import reductions
 from cabs_torch.norms.sums import SquareSums
 from cabs_torch.options import as_groups
-from cabs_torch.ranks import check_process_group, check_whole, unreduced
+from cabs_torch.ranks import check_whole, group_of, size_of, unreduced
 from cabs_torch.statistics import BatchStatistics
+from cabs_torch.totals import Share, TotalStatistics
 from cabs_torch.walk import leaves_behind
 
 
@@ -41,15 +44,17 @@ class Accumulation:
             parameters, for 0-d sums, or an optimizer, for sums of shape (groups,). Those that do
             not require gradients are passed over.
         batch_size: m, how many examples all microbatches have together.
-        process_group: Where ``torch.distributed`` has more than one rank, ``False``, for this
-            rank's own microbatches. Nothing may reduce their gradients over ranks before
-            :meth:`complete`; in DDP, run them inside of ``no_sync``.
+        process_group: Where ``torch.distributed`` has more than one rank, whose microbatches these
+            are: those of all ranks if left out, or of the ranks of this group. An engine must leave
+            the mean of the ranks' gradients in the last microbatch; in DDP, run the others inside
+            of ``no_sync``. ``batch_size`` is that of all ranks. ``False`` is for this rank's own
+            microbatches: nothing may reduce their gradients over ranks before :meth:`complete`.
+        controller: As in :func:`cabs_torch.backward`.
 
     Raises:
         TypeError: If ``batch_size`` is no integer.
         ValueError: If there is no parameter that requires gradients, or one is a ``DTensor``; if
-            ``batch_size`` is below 2; if there are several ranks and it is not said that this one's
-            examples are meant.
+            ``batch_size`` is below 2.
 
     Example:
         >>> import torch, cabs_torch
@@ -63,10 +68,15 @@ class Accumulation:
     """
 
     def __init__(
-        self, parameters: Iterable[Tensor] | Any, *, batch_size: int, process_group: Any = None
+        self,
+        parameters: Iterable[Tensor] | Any,
+        *,
+        batch_size: int,
+        process_group: Any = None,
+        controller: Any = None,
     ) -> None:
         as_integer(batch_size, "batch_size", 2)
-        check_process_group(process_group)
+        self._group, self._controller = group_of(process_group), controller
         self._is_grouped = isinstance(parameters, torch.optim.Optimizer)
         if isinstance(parameters, torch.optim.Optimizer):
             groups = [group["params"] for group in parameters.param_groups]
@@ -78,6 +88,7 @@ class Accumulation:
         self._parameters = [one for group in groups for one in group if one.requires_grad]
         if not self._parameters:
             raise ValueError("parameters must hold one that requires gradients, got none")
+        self._engine = None if self._group is None else Engine(self._parameters, self._group)
         self._device = self._parameters[0].device
         self._batch_size = batch_size
         self._partial, self._loss = PartialStatistics(), reductions.zero(self._device)
@@ -129,7 +140,8 @@ class Accumulation:
                 "those that FSDP keeps sharded"
             )
         self._check_gradients()
-        share = examples / self._batch_size
+        # Of a batch of which an engine takes the mean over the ranks' parts.
+        share = size_of(self._group) * examples / self._batch_size
         scaled = loss * share if scaler is None else scaler.scale(loss * share)
         self._scale = 1.0 if scaler is None else scaler.scale(torch.ones_like(loss)).double()
         squares, seen = SquareSums(), set[int]()
@@ -139,14 +151,14 @@ class Accumulation:
         ]
         self._is_broken = True
         try:
-            with unreduced(trained):
+            with unreduced(trained) if self._group is None else nullcontext():
                 scaled.backward()
         finally:
             for hook in hooks:
                 hook.remove()
         self._is_broken = False
         self._seen |= seen
-        self._loss = self._loss + share * loss.detach().to(self._device, torch.float64)
+        self._loss = self._loss + examples * loss.detach().to(self._device, torch.float64)
         self._versions = self._states()
         summed = self._summed(squares) / (share * self._scale) ** 2
         self._partial += PartialStatistics.of_group(examples, summed)
@@ -164,9 +176,9 @@ class Accumulation:
             RuntimeError: If gradients were changed since the last microbatch.
         """
         whole = self._partial
-        if whole.groups < 2:
+        if whole.groups < 2 and self._group is None:
             raise ValueError(f"at least two microbatches are needed, got {whole.groups}")
-        if whole.examples != self._batch_size:
+        if whole.examples != self._batch_size and self._group is None:
             raise ValueError(
                 f"microbatches must have {self._batch_size} examples together, got {whole.examples}"
             )
@@ -178,7 +190,32 @@ class Accumulation:
         loss, self._loss = self._loss, reductions.zero(self._device)
         self._partial, self._seen = PartialStatistics(), set()
         square_sum = whole.group_square_sum + nothing
+        if self._group is not None:
+            return self._over_ranks(whole, square_sum, loss)
+        loss = loss / self._batch_size
         return BatchStatistics(whole.examples, whole.groups, square_sum, squares, loss=loss)
+
+    def _over_ranks(
+        self, whole: PartialStatistics, square_sum: Any, loss: Tensor
+    ) -> BatchStatistics:
+        """Return the statistics of the microbatches of all ranks."""
+        assert self._engine is not None
+        self._engine.check()
+        gradient = MeanGradient(self._parameters, self._group)
+        norms, alike = gradient.squares(self._numbers.__getitem__, self._count, self._device)
+        share = Share(
+            whole.examples,
+            self._batch_size,
+            is_told=True,
+            fingerprint=None if self._controller is None else self._controller.fingerprint,
+            loss=loss,
+            squares=square_sum.reshape(-1),
+            norms=norms / self._scale**2,
+            alike=alike,
+            measured=whole.groups,
+            is_by_example=False,
+        )
+        return TotalStatistics(share, self._group, measured=1.0, is_grouped=self._is_grouped)
 
     def _check_gradients(self) -> None:
         """Raise RuntimeError if gradients are not those of the microbatches so far."""
@@ -223,6 +260,8 @@ class Accumulation:
                 "checkpoints do; use checkpoints with use_reentrant=False"
             )
         seen.add(id(parameter))
+        if self._engine is not None and parameter is self._engine.parameter:
+            self._engine.see(gradients)
         squares.square(self._numbers[id(parameter)], gradients[0])
 
     def _summed(self, squares: SquareSums) -> Tensor:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from cabs.gradients.layout import Layout
 from cabs.values.scalars import as_integer
+from cabs_torch.engines import Engine, MeanGradient
 from cabs_torch.errors import describe_some
 from cabs_torch.graph.autograd_nodes import Node
 from cabs_torch.measure import Measurement
@@ -28,9 +29,10 @@ from cabs_torch.norms.arrays import Elementwise, TorchArrays
 from cabs_torch.norms.sums import ElementwiseSums, SquareSums
 from cabs_torch.optimizers import metric_of
 from cabs_torch.options import Groups, as_groups, check_beside
-from cabs_torch.ranks import check_process_group, check_whole, unreduced
+from cabs_torch.ranks import batch_of, check_whole, group_of, size_of, unreduced, weighed
 from cabs_torch.statistics import BatchStatistics
 from cabs_torch.summed import Summed, choose
+from cabs_torch.totals import Share, TotalStatistics
 from cabs_torch.walk import Policy, Walk
 
 # Groups of examples for parameters that no rule covers.
@@ -52,6 +54,7 @@ def backward(
     batch_size: int | None = None,
     scaler: Any = None,
     process_group: Any = None,
+    controller: Any = None,
     bitwise: bool = False,
 ) -> BatchStatistics:
     r"""Do ``losses.mean().backward()`` and return the statistics of the batch's gradient.
@@ -98,9 +101,15 @@ def backward(
             at which a controller holds).
         bitwise: Whether gradients are those of ``losses.mean().backward()`` to the bit, and not to
             rounding: PyTorch then computes all of them itself, which takes up to a third longer.
-        process_group: Where ``torch.distributed`` has more than one rank, ``False``, for the
-            statistics of this rank's own examples, and of their own mean gradient, whatever DDP
-            then makes of that. Statistics over all ranks are not taken yet.
+        process_group: Where ``torch.distributed`` has more than one rank, whose examples the
+            statistics are over: those of all ranks if left out, or of the ranks of this group. An
+            engine must leave the mean of the ranks' gradients, as ``DistributedDataParallel`` and
+            ``fully_shard`` do. ``batch_size`` is that of all ranks, and must be given where their
+            shares differ. One sum over ranks is begun, and waited for when the statistics are read.
+            ``False`` is for this rank's own examples, and their own mean gradient, whatever DDP
+            then makes of that.
+        controller: The controller that the statistics are for. On several ranks, states that differ
+            are then an error on each of them.
 
     Returns:
         :class:`cabs_torch.BatchStatistics`, with groups of one example, over all parameters that
@@ -112,11 +121,12 @@ def backward(
             ``optimizer`` is not known.
         ValueError: If it has another shape, a single example, or no graph, or one that a backward
             pass has used already; if an option is not as described, or does not go with another; if
-            nothing is measured, for all parameters or for one of the groups; if there are several
-            ranks and it is not said that this one's examples are meant.
+            nothing is measured, for all parameters or for one of the groups; if an engine adds up
+            the ranks' gradients in place of averaging them.
         UncoveredParameterError: If a parameter's norms cannot be computed exactly; the message
             names the operation and parameters. Nothing has been computed then.
-        RuntimeError: If gradients of a microbatch are reduced over ranks during the pass.
+        RuntimeError: If gradients of this rank's own microbatch are reduced over ranks during the
+            pass. With several ranks also when the statistics are read, if these do not train alike.
 
     Example:
         >>> import torch, cabs_torch
@@ -129,6 +139,7 @@ def backward(
         2.0
     """
     check_losses(losses)
+    group = group_of(process_group)
     examples = len(losses)
     measured_examples = (
         examples if sample is None else min(as_integer(sample, "sample", 1), examples)
@@ -141,13 +152,16 @@ def backward(
         raise ValueError(
             f"uncovered must be 'error', 'microbatches' or 'ignore', got uncovered = {uncovered!r}"
         )
-    check_process_group(process_group)
     metric = None
     if optimizer is not None:
-        check_beside(optimizer, parameters, parameter_groups, batch_size, uncovered)
+        microbatch = batch_size if group is None else None
+        check_beside(optimizer, parameters, parameter_groups, microbatch, uncovered)
         metric = metric_of(optimizer)
         if isinstance(optimizer, torch.optim.Optimizer):
             parameter_groups = optimizer
+            if metric is not None:
+                # Squares of elements are of the whole.
+                check_whole(one for part in optimizer.param_groups for one in part["params"])
     if parameters is not None and parameter_groups is not None:
         raise ValueError(
             "parameters and parameter_groups must not both be given; parameter_groups=[parameters] "
@@ -194,10 +208,14 @@ def backward(
         elementwise = None if metric is None else ElementwiseSums()
         measurement = Measurement(walk, measured_examples, arrays, one.meetings, elementwise)
         hooks.enter_context(measurement)
-        if batch_size is not None:
+        trained = [leaf.variable for leaf in found.values()]
+        engine = None if group is None else Engine(trained, group)
+        if engine is not None:
+            hooks.callback(found[id(engine.parameter)].register_prehook(engine.see).remove)
+        elif batch_size is not None:
             watched = [*walk.leaves.values(), *walk.hidden.values()]
             hooks.enter_context(unreduced(leaf.variable for leaf in watched))
-        loss = losses.mean() if batch_size is None else losses.sum() / batch_size
+        loss = weighed(losses, batch_size, group)
         loss = loss if scaler is None else scaler.scale(loss)
         loss.backward(inputs=one.others)
         measurement.hand_over()
@@ -207,19 +225,45 @@ def backward(
     factor = share[0].double()
     kept, device = wanted or Groups({}, 1), losses.device
 
-    def summed(sums: SquareSums) -> Tensor:
-        return sums.by_group(
-            lambda leaf: kept.numbers.get(id(leaf.variable), 0), kept.count, device
-        )
+    def number_of(parameter: int) -> int:
+        return kept.numbers.get(parameter, 0)
 
-    sums = measurement.squares, measurement.norms
+    def summed(sums: SquareSums) -> Tensor:
+        return sums.by_group(lambda leaf: number_of(id(leaf.variable)), kept.count, device)
+
+    sums, weights = (measurement.squares, measurement.norms), None
     if metric is not None and elementwise is not None:
         scale = None if scaler is None else scaler.scale(torch.ones((), device=device))
+        weights = metric(scale)
         with torch.no_grad():
-            sums = elementwise.weighted(metric(scale))
+            sums = elementwise.weighted(weights)
     squares = summed(sums[0]) * (examples / measured_examples) / factor**2
-    means = summed(sums[1]) / (factor * examples) ** 2
-    squares, means = squares + summed(estimated[0]), means + summed(estimated[1])
+    squares = squares + summed(estimated[0])
+    if engine is not None:
+        engine.check()
+        # Those that this rank's losses do not depend on too: others' may.
+        given = trained if wanted is None else wanted.parameters
+        left_out = walk.refused.keys() - found.keys()
+        gradient = MeanGradient([one for one in given if id(one) not in left_out], group, found)
+        norms, alike = gradient.squares(number_of, kept.count, device, weights)
+        batch = batch_of(examples, batch_size, group)
+        brought = Share(
+            examples,
+            batch,
+            is_told=batch_size is not None,
+            fingerprint=None if controller is None else controller.fingerprint,
+            loss=losses.detach().double().sum(),
+            squares=squares,
+            # The pass multiplied each loss by the ranks, of which the engine took the mean.
+            norms=norms / (factor * (batch / size_of(group))) ** 2,
+            alike=alike,
+            measured=measured_examples,
+            problem=gradient.problem,
+            before=engine.before,
+            is_in_metric=metric is not None,
+        )
+        return TotalStatistics(brought, group, measured=measured, is_grouped=is_grouped)
+    means = summed(sums[1]) / (factor * examples) ** 2 + summed(estimated[1])
     if not is_grouped:
         squares, means = squares.squeeze(0), means.squeeze(0)
     estimated_examples = examples - measured_examples
@@ -297,5 +341,6 @@ def check_losses(losses: Any) -> None:
     if len(losses) == 1:
         raise ValueError(
             "losses must be those of at least two examples, since one shows no variance; call "
-            "losses.mean().backward() and keep the batch size, or leave out the last batch"
+            "losses.mean().backward() and keep the batch size, or leave out the last batch; with "
+            "several ranks, each needs two"
         )

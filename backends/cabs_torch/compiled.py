@@ -20,7 +20,7 @@ from cabs_torch.errors import describe
 from cabs_torch.graph.autograd_nodes import is_leaf
 from cabs_torch.norms import reductions
 from cabs_torch.options import as_groups
-from cabs_torch.ranks import check_is_local, check_process_group
+from cabs_torch.ranks import check_is_local, check_is_own
 from cabs_torch.statistics import BatchStatistics
 from cabs_torch.walk import leaves_behind
 
@@ -71,7 +71,7 @@ class CompiledStep:
             ValueError: If there are several ranks and it is not said that this one's examples are
                 meant.
         """
-        check_process_group(self._process_group)
+        check_is_own(self._process_group)
         device = batch[0].device.type
         parameters = dict(self._step.named_parameters())
         trained = {name: one for name, one in parameters.items() if one.requires_grad}
@@ -183,7 +183,8 @@ def compile(  # noqa: A001
         parameter_groups: As in :func:`cabs_torch.backward`.
         sample: The same.
         chunk: The same; all at once by default, since the compiler unrolls chunks.
-        process_group: As in :func:`cabs_torch.backward`.
+        process_group: With several ranks ``False``: a compiled step is about this rank's own
+            examples.
         compiler: Options of ``torch.compile``.
 
     Returns:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cabs_torch.engines import as_used
 from cabs_torch.errors import describe
 
 
@@ -24,6 +25,8 @@ class Groups:
     count: int
     trained: frozenset[int] = frozenset()
     """The groups with a parameter that requires gradients."""
+    parameters: tuple[Tensor, ...] = ()
+    """All of them, as the forward pass uses them."""
 
     def check_measured(self, measured: Iterable[int]) -> None:
         """Raise ValueError for a group none of whose parameters is among those of these ids."""
@@ -49,6 +52,7 @@ def as_groups(groups: Any) -> Groups:
         groups = [group["params"] for group in groups.param_groups]
     numbers: dict[int, int] = {}
     trained: set[int] = set()
+    kept: list[Tensor] = []
     count = 0
     for number, parameters in enumerate(groups):
         count = number + 1
@@ -65,6 +69,9 @@ def as_groups(groups: Any) -> Groups:
                     f"parameter_groups must hold parameters, got {type(parameter).__name__}; pass "
                     "model.parameters(), not named_parameters()"
                 )
+            parameter = as_used(parameter)
+            if id(parameter) not in numbers:
+                kept.append(parameter)
             if numbers.setdefault(id(parameter), number) != number:
                 raise ValueError(
                     f"parameter_groups must not overlap: {describe(parameter)}, is in two"
@@ -73,7 +80,7 @@ def as_groups(groups: Any) -> Groups:
                 trained.add(number)
     if not numbers:
         raise ValueError("parameter_groups must hold parameters, got none")
-    return Groups(numbers, count, frozenset(trained))
+    return Groups(numbers, count, frozenset(trained), tuple(kept))
 
 
 def check_beside(

@@ -1,7 +1,7 @@
-"""Several ranks of ``torch.distributed``, of which statistics know this one alone.
+"""Whose examples a number is over, where there are several ranks of ``torch.distributed``.
 
-Guarantees: with more than one rank, a number is that of this rank's own examples, said on purpose,
-or there is an error; what an engine makes of gradients during a backward pass is noticed.
+Guarantees: it is over all ranks, or over this one if that was said; where it is over this one, what
+an engine makes of gradients during a backward pass is noticed.
 """
 
 from __future__ import annotations
@@ -22,18 +22,57 @@ from cabs_torch.norms import reductions
 _BLOCKS = 1024
 
 
-def check_process_group(process_group: Any) -> None:
-    """Raise ValueError unless it is clear whose examples a number is to be over."""
-    if process_group is not None and process_group is not False:
+def group_of(process_group: Any) -> Any:
+    """Return the ranks that a number is to be over, or None for this rank alone.
+
+    Raises:
+        TypeError: If that is no process group.
+        ValueError: If this rank is not in it.
+    """
+    if process_group is False or ranks() == 1:
+        return None
+    distributed = torch.distributed
+    if process_group is None:
+        return distributed.group.WORLD
+    if process_group is distributed.GroupMember.NON_GROUP_MEMBER:
         raise ValueError(
-            "process_group must be False, for this rank's own examples, or left out where there is "
-            f"one rank, got process_group = {process_group!r}"
+            "process_group must have this rank in it; give its own group on each rank, or False "
+            "for this rank's own examples"
         )
-    if process_group is None and ranks() > 1:
+    if not isinstance(process_group, distributed.ProcessGroup):
+        raise TypeError(
+            "process_group must be a process group of torch.distributed (of a DeviceMesh, "
+            "mesh.get_group()), False for this rank's own examples, or left out for all ranks, "
+            f"got process_group = {process_group!r}"
+        )
+    return process_group if distributed.get_world_size(process_group) > 1 else None
+
+
+def size_of(group: Any) -> int:
+    """Return how many ranks a number is over."""
+    return 1 if group is None else int(torch.distributed.get_world_size(group))
+
+
+def batch_of(examples: int, batch_size: int | None, group: Any) -> int:
+    """Return how many examples all ranks are taken to have, where this one has so many."""
+    return size_of(group) * examples if batch_size is None else batch_size
+
+
+def weighed(losses: Tensor, batch_size: int | None, group: Any) -> Tensor:
+    """Return the loss whose gradient, averaged over the ranks of a group, is that of the batch."""
+    batch = batch_of(len(losses), batch_size, group)
+    ranks = size_of(group)
+    # Where shares are equal, to the bit what DDP makes of the plain mean.
+    return losses.mean() if batch == ranks * len(losses) else losses.sum() / (batch / ranks)
+
+
+def check_is_own(process_group: Any) -> None:
+    """Raise ValueError unless a number is to be over this rank's own examples."""
+    if process_group is not False and (process_group is not None or ranks() > 1):
         raise ValueError(
-            f"torch.distributed runs {ranks()} ranks, and statistics are not taken over several: "
-            "pass process_group=False for those of this rank's own examples, and sum them over "
-            "ranks as the documentation describes"
+            "process_group must be False, for this rank's own examples, since a compiled step "
+            f"adds nothing up over {ranks()} ranks of torch.distributed, got process_group = "
+            f"{process_group!r}; for statistics over all ranks call cabs_torch.backward"
         )
 
 

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from cabs import GradientStatistics
+from cabs_torch.engines import MeanGradient, as_used
 from cabs_torch.norms import reductions
 from cabs_torch.norms.sums import SquareSums
 from cabs_torch.options import as_groups
-from cabs_torch.ranks import check_process_group, check_whole
+from cabs_torch.ranks import check_whole, group_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,14 +94,16 @@ def gradient_norm_squared(
     Args:
         parameters: An iterable of parameters, for a 0-d tensor, or an optimizer, for one of shape
             (groups,).
-        process_group: Where ``torch.distributed`` has more than one rank, ``False``, for the
-            gradients that this rank holds: those of its own examples, or, once they are reduced
-            over ranks, of those of all. The statistics' partial sums must be over the same ones.
+        process_group: Where ``torch.distributed`` has more than one rank, those that the gradients
+            are the mean over: all ranks if left out. What an engine has left is added up, of
+            ``fully_shard`` the pieces, by a small sum over ranks. ``False`` is for the gradients
+            that this rank holds: those of its own examples, or, once they are reduced over ranks,
+            of those of all. The statistics' partial sums must be over the same ones.
 
     Raises:
         ValueError: If there is no gradient, for all parameters or for a group of an optimizer that
-            trains some; if one is a ``DTensor``; if there are several ranks and it is not said
-            that this one's gradients are meant.
+            trains some; if one is a ``DTensor`` and ``process_group`` is ``False``.
+        RuntimeError: If ranks hold different gradients, so that they are not reduced.
 
     Example:
         >>> import torch, cabs_torch
@@ -109,22 +112,24 @@ def gradient_norm_squared(
         >>> float(cabs_torch.gradient_norm_squared([weight]))
         25.0
     """
-    check_process_group(process_group)
+    over = group_of(process_group)
     if isinstance(parameters, torch.optim.Optimizer):
         groups = [group["params"] for group in parameters.param_groups]
     else:
         groups = [list(parameters)]
-    check_whole(one for group in groups for one in group)
-    given = [[one.grad for one in group if one.grad is not None] for group in groups]
-    if not any(given):
+    if over is None:
+        check_whole(one for group in groups for one in group)
+    held = [one for group in groups for one in group if one.grad is not None]
+    if not held:
         raise ValueError("parameters must hold gradients, got none; call backward first")
-    as_groups(groups).check_measured(
-        id(one) for group in groups for one in group if one.grad is not None
-    )
-    device = next(gradient.device for gradients in given for gradient in gradients)
-    squares = SquareSums()
-    for number, gradients in enumerate(given):
-        for gradient in gradients:
-            squares.square(number, gradient)
-    sums = squares.by_group(int, len(given), device)
+    as_groups(groups).check_measured(id(as_used(one)) for one in held)
+    numbers = {id(one): number for number, group in enumerate(groups) for one in group}
+    device = held[0].grad.device
+    if over is None:
+        squares = SquareSums()
+        for one in held:
+            squares.square(numbers[id(one)], one.grad)
+        sums = squares.by_group(int, len(groups), device)
+    else:
+        sums = MeanGradient(held, over).summed(numbers.__getitem__, len(groups), device)
     return sums if isinstance(parameters, torch.optim.Optimizer) else sums[0]

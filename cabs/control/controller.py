@@ -15,7 +15,7 @@ from cabs.control.costs import StepCost
 from cabs.control.decision import Decision, Observation, Reason, decide, initial_state, is_due
 from cabs.control.rules import PAPER, Rule
 from cabs.control.sizes import BatchSizes
-from cabs.control.state import carry_over, read_state, write_state
+from cabs.control.state import carry_over, fingerprint_of, read_state, write_state
 from cabs.control.stopwatch import Stopwatch
 from cabs.values.scalars import Scalar, Scalars, as_float, as_floats
 
@@ -151,6 +151,20 @@ class Controller:
     def configuration(self) -> Configuration:
         """The settings, immutable."""
         return self._configuration
+
+    @property
+    def fingerprint(self) -> int:
+        """A number below 2**20 that tells states and settings apart, alike in every process.
+
+        Ranks that train together compare it: see ``controller`` of :func:`cabs_torch.backward`.
+
+        Example:
+            >>> Controller(16).fingerprint == Controller(16).fingerprint
+            True
+            >>> Controller(16).fingerprint == Controller(32).fingerprint
+            False
+        """
+        return fingerprint_of(self._configuration, self._state)
 
     def update(
         self,

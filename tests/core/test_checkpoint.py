@@ -142,3 +142,21 @@ def test_any_json_in_any_place_is_refused_or_harmless(path, value):
         assert controller.batch_size in controller.configuration.sizes
         traces = [1.0] * len(controller.state_dict()["state"]["variance_trace"])
         controller.update(learning_rate=0.1, variance_trace=traces, loss=1.0)
+
+
+def test_a_fingerprint_is_that_of_settings_and_state():
+    # Whichever process, release and machine computes it.
+    assert Controller(16).fingerprint == 153352
+    controller = Controller(32)
+    numbers = {Controller(16).fingerprint, controller.fingerprint}
+    for step in range(50):
+        controller.update(learning_rate=0.1, variance_trace=700.0 + step, loss=1.5)
+        numbers.add(controller.fingerprint)
+    assert len(numbers) == 52
+    assert max(numbers) < 2**20
+    resumed = Controller(32)
+    resumed.load_state_dict(json.loads(json.dumps(controller.state_dict())))
+    assert resumed.fingerprint == controller.fingerprint
+    resumed.update(learning_rate=0.1, variance_trace=700.0, loss=1.5 + 1e-12)
+    controller.update(learning_rate=0.1, variance_trace=700.0, loss=1.5)
+    assert resumed.fingerprint != controller.fingerprint

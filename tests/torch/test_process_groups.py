@@ -1,4 +1,4 @@
-"""With several ranks, a number is that of this rank's own examples, or there is an error."""
+"""With ``process_group=False``, a number is that of this rank's own examples, or an error."""
 
 import pytest
 import torch
@@ -53,24 +53,29 @@ def assert_nothing_written(model):
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def numbers_without_a_word_about_ranks_are_errors():
+def what_is_no_process_group_is_an_error():
     model = network()
     inputs, targets = share()
     losses = cross_entropy(model(inputs), targets)
-    step = cabs_torch.compile(
-        model, lambda x, y: cross_entropy(model(x), y), backend="aot_eager", parameter_groups=None
-    )
     for act in (
-        lambda: cabs_torch.backward(losses),
-        lambda: cabs_torch.Accumulation(model.parameters(), batch_size=EACH),
-        lambda: cabs_torch.gradient_norm_squared(model.parameters()),
-        lambda: step(inputs, targets),
+        lambda: cabs_torch.backward(losses, process_group=True),
+        lambda: cabs_torch.Accumulation(model.parameters(), batch_size=4, process_group="gloo"),
+        lambda: cabs_torch.gradient_norm_squared(model.parameters(), process_group=0),
     ):
-        with pytest.raises(ValueError, match=r"runs 2 ranks.* pass process_group=False"):
+        with pytest.raises(TypeError, match="process_group must be a process group"):
             act()
-    with pytest.raises(ValueError, match="process_group must be False"):
-        cabs_torch.backward(losses, process_group=dist.group.WORLD)
+    groups = [dist.new_group([rank]) for rank in range(2)]
+    with pytest.raises(ValueError, match="must have this rank in it"):
+        cabs_torch.backward(losses, process_group=groups[1 - dist.get_rank()])
     assert_nothing_written(model)
+    # A group of this rank alone.
+    own = groups[dist.get_rank()]
+    torch.testing.assert_close(
+        cabs_torch.backward(losses, process_group=own).variance_trace, trace_of(own_rows())
+    )
+    step = cabs_torch.compile(model, lambda x, y: cross_entropy(model(x), y), backend="aot_eager")
+    with pytest.raises(ValueError, match="a compiled step adds nothing up over 2 ranks"):
+        step(inputs, targets)
 
 
 def backward_measures_this_ranks_own_examples_under_every_wrapper():
@@ -212,8 +217,6 @@ def sharded_parameters_are_errors_and_no_zeros():
         with pytest.raises(ValueError, match="is a DTensor"):
             cabs_torch.Accumulation(parameters, batch_size=EACH, process_group=False)
     losses = cross_entropy(model(inputs), targets)
-    with pytest.raises(ValueError, match="nothing is measured for parameter group 0"):
-        cabs_torch.backward(losses, parameter_groups=optimizer, process_group=False)
     held = [nn.Parameter(torch.ones(3))]
     accumulation = cabs_torch.Accumulation(held, batch_size=EACH, process_group=False)
     with pytest.raises(ValueError, match="none of them in its graph"):
@@ -275,7 +278,7 @@ def the_metric_is_that_of_the_gradient_with_which_a_rank_steps():
 
 
 CLAIMS = (
-    numbers_without_a_word_about_ranks_are_errors,
+    what_is_no_process_group_is_an_error,
     backward_measures_this_ranks_own_examples_under_every_wrapper,
     the_metric_is_that_of_the_gradient_with_which_a_rank_steps,
     gradients_that_somebody_reduces_give_no_statistics_of_microbatches,

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import TensorDataset
 
 import cabs
@@ -29,24 +30,16 @@ class Run:
         sizes = cabs.BatchSizes.range(6, 60)
         self.controller = cabs.Controller(6, sizes=sizes, rule=cabs.CABS(0.45))
 
-    def step(self, m, inputs, outputs):
-        losses = 0.5 * (self.model(inputs.double()).squeeze(1) - outputs).square()
-        self.optimizer.zero_grad()
-        partial = cabs_torch.backward(losses, batch_size=m, process_group=False).partial
-        sums = torch.stack([partial.group_square_sum, losses.detach().sum()])
+        self.wrapped = self.model
         if dist.is_initialized():
-            dist.all_reduce(sums)
-            for parameter in self.model.parameters():
-                dist.all_reduce(parameter.grad)
-        statistics = cabs.PartialStatistics(m, m, sums[0]).complete(
-            gradient_norm_squared=cabs_torch.gradient_norm_squared(
-                self.model.parameters(), process_group=False
-            )
-        )
+            self.wrapped = DistributedDataParallel(self.model)
+
+    def step(self, m, inputs, outputs):
+        losses = 0.5 * (self.wrapped(inputs.double()).squeeze(1) - outputs).square()
+        self.optimizer.zero_grad()
+        statistics = cabs_torch.backward(losses, batch_size=m, controller=self.controller)
         self.optimizer.step()
-        return self.controller.update(
-            learning_rate=0.15, variance_trace=statistics.variance_trace, loss=sums[1] / m
-        ).batch_size
+        return self.controller.update(statistics, learning_rate=0.15).batch_size
 
     def weights(self):
         return torch.cat([one.detach().flatten() for one in self.model.parameters()])

@@ -1,0 +1,284 @@
+"""Where the mean of the ranks' gradients lies after a backward pass, and who made it.
+
+Guarantees: a piece that several ranks hold is counted once; a gradient that has not arrived, or
+that is a sum where a mean was expected, is an error.
+Knows two kinds of engine: those that leave the mean in ``.grad`` of what the pass used, on every
+rank, as ``DistributedDataParallel`` does, and ``fully_shard``, which leaves each rank a piece.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from cabs_torch.errors import describe
+from cabs_torch.norms.reductions import at_least_single, blocks, rows
+from cabs_torch.norms.sums import SquareSums, Weights
+from cabs_torch.ranks import is_distributed
+
+# What fully_shard keeps of each parameter, by the ids of the piece and of the whole.
+_known: dict[int, weakref.ref[Any]] = {}
+
+# The parameters whose engines have answered: the first step's answer is that of all.
+_asked: dict[int, weakref.ref[Tensor]] = {}
+
+# Elements that tell a sum from a mean.
+_ELEMENTS = 1024
+
+
+def as_used(parameter: Tensor) -> Tensor:
+    """Return what a pass uses in place of a parameter, the whole where ``fully_shard`` holds it."""
+    shared = _of_fully_shard(parameter) if is_distributed(parameter) else None
+    whole = getattr(shared, "_unsharded_param", None)
+    return parameter if whole is None else whole
+
+
+def _arrived(parameter: Tensor) -> Any:
+    """Return the gradient that an engine has left for a parameter, None if there is none."""
+    if parameter.grad is not None:
+        return parameter.grad
+    shared = _of_fully_shard(parameter)
+    return None if shared is None else shared.sharded_param.grad
+
+
+def _of_fully_shard(parameter: Tensor, *, search: bool = True) -> Any:
+    """Return what ``fully_shard`` knows of a parameter, given as the piece or as the whole."""
+    reference = _known.get(id(parameter))
+    found = None if reference is None else reference()
+    if found is not None and any(one is parameter for one in _halves(found)):
+        return found
+    if not search:
+        return None
+    # By their name, since importing FSDP takes as long as half of PyTorch.
+    every = [one for one in gc.get_objects() if type(one).__name__ == "FSDPParam"]
+    _known.clear()
+    _known.update((id(half), weakref.ref(one)) for one in every for half in _halves(one))
+    return _of_fully_shard(parameter, search=False)
+
+
+def _halves(one: Any) -> list[Any]:
+    """Return the piece and the whole, which there is after a first forward pass."""
+    return [getattr(one, name, None) for name in ("sharded_param", "_unsharded_param")]
+
+
+class MeanGradient:
+    """The gradient over all ranks, as far as this one holds it.
+
+    Args:
+        parameters: Those that are measured, as the pass or the optimizer has them.
+        group: Ranks that train together.
+        required: The ids of those that the pass has given a gradient.
+
+    Raises:
+        ValueError: If a gradient lies on other ranks than those of the group.
+    """
+
+    def __init__(
+        self, parameters: Iterable[Tensor], group: Any, required: Iterable[int] = ()
+    ) -> None:
+        ranks = torch.distributed.get_process_group_ranks(group)
+        required = set(required)
+        self.problem = ""
+        """Why this is not the mean gradient."""
+        self._whole: list[tuple[int, Tensor, Tensor]] = []
+        self._pieces: dict[int, list[tuple[int, Tensor]]] = {}
+        """By how many ranks hold the same piece."""
+        meshes: dict[int, list[int]] = {}
+        for parameter in parameters:
+            is_required = id(parameter) in required
+            gradient: Any = _arrived(parameter) if is_required else parameter.grad
+            if gradient is None:
+                if is_required and not self.problem:
+                    self.problem = (
+                        f"{describe(parameter)}, holds no gradient after the backward pass: an "
+                        "engine has taken it away and left no mean over ranks. cabs_torch knows "
+                        "DistributedDataParallel and fully_shard; with others, give "
+                        "process_group=False for this rank's own statistics"
+                    )
+                continue
+            if not is_distributed(gradient):
+                self._whole.append((id(parameter), parameter, gradient))
+                continue
+            mesh = gradient.device_mesh
+            if id(mesh) not in meshes:
+                meshes[id(mesh)] = sorted(mesh.mesh.flatten().tolist())
+            if meshes[id(mesh)] != sorted(ranks):
+                raise ValueError(
+                    f"{describe(parameter)}, has its gradient on ranks {meshes[id(mesh)]}, and the "
+                    f"statistics are over ranks {sorted(ranks)}; give the group of the former as "
+                    "process_group"
+                )
+            copies = _copies(gradient)
+            self._pieces.setdefault(copies, []).append((id(parameter), gradient.to_local()))
+        self._group, self._ranks = group, len(ranks)
+
+    def squares(
+        self,
+        number_of: Callable[[int], int],
+        count: int,
+        device: torch.device,
+        weights: Weights | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Return this rank's share of the squared norm, and the square of what every rank holds.
+
+        Args:
+            number_of: From a parameter's id, the number of its group.
+            count: How many groups there are.
+            device: Where the sums are to be.
+            weights: What each coordinate's square counts in the norm, if not one.
+
+        Returns:
+            Shape (count,), and 0-d: the latter is the same on all ranks if the gradients are.
+        """
+        whole = ((owner, gradient) for owner, _, gradient in self._whole)
+        alike = _sum(whole, number_of, count, device)
+        if weights is not None:
+            return self._weighed(weights, number_of, count, device), alike.sum()
+        shares = alike / self._ranks
+        for copies, pieces in self._pieces.items():
+            shares = shares + _sum(pieces, number_of, count, device) / copies
+        return shares, alike.sum()
+
+    def _weighed(
+        self,
+        weights: Weights,
+        number_of: Callable[[int], int],
+        count: int,
+        device: torch.device,
+    ) -> Tensor:
+        if self._pieces:
+            raise ValueError(
+                "optimizer must not be given where fully_shard leaves each rank a piece of a "
+                "gradient, since squares of its elements are of the whole; measure without it"
+            )
+        squares = SquareSums()
+        for owner, parameter, gradient in self._whole:
+            of_part, whole = weights(parameter), rows(gradient)
+            for part in blocks(whole):
+                square = at_least_single(whole[part]).square() * of_part(part)
+                squares.add(owner, square.sum().double())
+        return squares.by_group(number_of, count, device) / self._ranks
+
+    def summed(self, number_of: Callable[[int], int], count: int, device: torch.device) -> Tensor:
+        """Return the squared norm, by a sum over ranks, shape (count,).
+
+        Raises:
+            RuntimeError: If the ranks hold different gradients.
+        """
+        shares, alike = self.squares(number_of, count, device)
+        sums = torch.cat([shares, alike.reshape(1)])
+        torch.distributed.all_reduce(sums, group=self._group)
+        check_alike(float(sums[-1]), float(alike), self._ranks)
+        return sums[:-1]
+
+
+def check_alike(total: float, own: float, ranks: int) -> None:
+    """Raise RuntimeError unless what this rank holds is what all hold, by the sum over ranks."""
+    # What overflowed says nothing of who reduced what.
+    if math.isfinite(total) and abs(total - ranks * own) > 1e-6 * abs(total):
+        raise RuntimeError(
+            f"the {ranks} ranks hold different gradients, with a squared norm of {own:g} here and "
+            f"of {total / ranks:g} on average, so that nobody has averaged them: wrap the model "
+            "in DistributedDataParallel, leave its no_sync() for the last pass, or call "
+            "fully_shard. If a parameter is used on some ranks alone, give "
+            "parameters=model.parameters(). process_group=False gives this rank's own statistics"
+        )
+
+
+def _sum(
+    gradients: Iterable[tuple[int, Tensor]],
+    number_of: Callable[[int], int],
+    count: int,
+    device: torch.device,
+) -> Tensor:
+    squares = SquareSums()
+    for owner, gradient in gradients:
+        squares.square(owner, gradient)
+    return squares.by_group(number_of, count, device)
+
+
+def _copies(gradient: Any) -> int:
+    """Return how many ranks hold the same piece of a DTensor."""
+    copies = 1
+    for size, placement in zip(gradient.device_mesh.shape, gradient.placements, strict=True):
+        if placement.is_partial():
+            raise ValueError(
+                "a gradient is a DTensor that its ranks have yet to add up, as tensor parallelism "
+                "makes them; statistics are over data parallel ranks alone"
+            )
+        copies *= size if placement.is_replicate() else 1
+    return copies
+
+
+class Engine:
+    """What averages the gradients of a pass over ranks, made before it.
+
+    In a first step it is asked: the gradient of one parameter, the smallest, is summed over ranks
+    and compared with what arrives. That is a collective that later steps do not have.
+
+    Args:
+        parameters: Those that the pass gives gradients.
+        group: Ranks that train together.
+    """
+
+    def __init__(self, parameters: Iterable[Tensor], group: Any) -> None:
+        held = list(parameters)
+        self._group = group
+        self.parameter = min(held, key=Tensor.numel)
+        """The one that is asked about."""
+        known = _asked.get(id(self.parameter))
+        self._is_asked = known is not None and known() is self.parameter
+        # Zeros where a rank's pass gives it nothing: the others sum over this rank too.
+        self._local = self.parameter.new_zeros(_ELEMENTS, dtype=torch.float64)
+        self.before: Tensor | None = None
+        """Square of the gradients that were there before the pass, 0-d."""
+        shared = [_of_fully_shard(one, search=False) for one in held]
+        held.extend(one.sharded_param for one in shared if one is not None)
+        given: list[Any] = [one.grad for one in held if one.grad is not None]
+        if given:
+            squares = SquareSums()
+            for gradient in given:
+                squares.square(0, gradient.to_local() if is_distributed(gradient) else gradient)
+            # At once, since the pass adds to them.
+            self.before = squares.by_group(int, 1, given[0].device)[0]
+
+    def see(self, gradients: Sequence[Tensor | None]) -> None:
+        """Note what this rank's pass gives the parameter, called before that is added."""
+        if not self._is_asked and gradients[0] is not None:
+            self._local = self._local + _first(gradients[0])
+
+    def check(self) -> None:
+        """Raise ValueError on every rank if the engine does not take the mean."""
+        if self._is_asked:
+            return
+        self._is_asked, summed = True, self._local
+        _asked[id(self.parameter)] = weakref.ref(self.parameter)
+        torch.distributed.all_reduce(summed, group=self._group)
+        arrived = _arrived(self.parameter)
+        if arrived is None:
+            return
+        arrived = _first(arrived.full_tensor() if is_distributed(arrived) else arrived)
+        ranks = torch.distributed.get_world_size(self._group)
+        is_sum = float((arrived - summed).norm()) < 0.01 * float(summed.norm())
+        # What is neither sum nor mean was not reduced, which the squares tell in every step.
+        if is_sum:
+            raise ValueError(
+                f"{describe(self.parameter)}, has the sum of the gradients of {ranks} ranks, where "
+                "their mean was expected: let the engine average gradients, as "
+                "DistributedDataParallel and fully_shard do unless they are told otherwise "
+                "(set_gradient_divide_factor, communication hooks)"
+            )
+
+
+def _first(gradient: Tensor) -> Tensor:
+    """Return the first elements in double precision, always as many."""
+    dense = gradient.detach().to_dense() if gradient.is_sparse else gradient.detach()
+    flat = dense.flatten()[:_ELEMENTS].double()
+    return pad(flat, (0, _ELEMENTS - len(flat)))

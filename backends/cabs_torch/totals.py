@@ -1,0 +1,243 @@
+"""Statistics of the examples of all ranks, by one sum over ranks that is under way.
+
+Guarantees: it begins when they are made, whether anybody reads them or not, so that no rank waits
+for one that does not read; whatever is read is of all ranks, or there is an error on each of them:
+where they expect different batches, where their controllers differ, where nobody has averaged the
+gradients, and where a rank is gone.
+"""
+
+from __future__ import annotations
+
+import zlib
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cabs import GradientStatistics
+from cabs_torch.engines import check_alike
+from cabs_torch.statistics import BatchStatistics
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """What one rank brings."""
+
+    examples: int
+    """Its own."""
+    batch: int
+    """How many examples it takes all ranks to have."""
+    is_told: bool
+    """Whether that was given, and not taken from the size of its share."""
+    fingerprint: int | None
+    """That of its controller."""
+    loss: Tensor
+    """Summed over its examples."""
+    squares: Tensor
+    """Sums of m_k |g_k|^2, shape (groups,)."""
+    norms: Tensor
+    """Its shares of the squared norm of the mean gradient, the same shape."""
+    alike: Tensor
+    """Square of the gradients that every rank should hold, 0-d."""
+    measured: int
+    """How many groups of examples are measured."""
+    problem: str = ""
+    """Why these squares are not those of the mean gradient."""
+    before: Tensor | None = None
+    """Square of the gradients that were there before, 0-d."""
+    is_in_metric: bool = False
+    """Whether squares are weighed by what is made of the mean gradient."""
+    is_by_example: bool = True
+    """Whether a group is an example, and not a microbatch."""
+
+    @property
+    def mark(self) -> int:
+        """A number below 2**20 that is the same on all ranks if they train together."""
+        said = self.batch, self.fingerprint, self.is_by_example, len(self.squares)
+        return zlib.crc32(repr(said).encode()) >> 12
+
+
+class TotalStatistics(BatchStatistics):
+    """Statistics of all ranks' examples. Whatever is read first waits for the sum over ranks.
+
+    Every rank has the same numbers, to the bit. Of a microbatch, whose gradients are not yet
+    reduced, ``examples``, ``loss`` and ``partial`` alone can be read.
+
+    Raises:
+        RuntimeError: When read, if the ranks differ in the size of the batch or in the state of
+            their controllers, if they hold different gradients, or if a rank is gone.
+        ValueError: If more is read of a microbatch.
+    """
+
+    _share: Share
+    _ranks: int
+    _is_grouped: bool
+    _sums: Tensor
+    _work: Any
+    _numbers: list[float] | None
+    """The sums, what this rank has of those that should be alike, and what was there before."""
+
+    def __init__(self, share: Share, group: Any, *, measured: float, is_grouped: bool) -> None:
+        device, mark = share.squares.device, float(share.mark)
+        known = torch.tensor(
+            [share.examples, share.measured, mark, mark * mark],
+            dtype=torch.float64,
+            pin_memory=device.type == "cuda",
+        )
+        sums = torch.cat(
+            [
+                known.to(device, non_blocking=True),
+                torch.stack([share.loss.to(device), share.alike]),
+                share.squares,
+                share.norms,
+            ]
+        )
+        distributed = torch.distributed
+        for name, value in {
+            "measured": measured,
+            "_share": share,
+            "_ranks": distributed.get_world_size(group),
+            "_is_grouped": is_grouped,
+            "_sums": sums,
+            "_work": distributed.all_reduce(sums, group=group, async_op=True),
+            "_numbers": None,
+        }.items():
+            object.__setattr__(self, name, value)
+
+    def _read(self) -> list[float]:
+        """Return the sums, of ranks that train together."""
+        if self._numbers is None:
+            try:
+                # On a stream of its own, which waits for nothing that was queued since.
+                with _beside(self._sums):
+                    self._work.wait()
+                    share = self._share
+                    before = 0.0 if share.before is None else float(share.before)
+                    numbers = [*self._sums.tolist(), float(share.alike), before]
+            except RuntimeError as error:
+                raise RuntimeError(
+                    f"the sums over {self._ranks} ranks have not arrived: a rank has ended, is "
+                    "later than the timeout of the process group allows, or does something else; "
+                    "start all ranks again from a checkpoint"
+                ) from error
+            self._check(numbers)
+            if self._share.is_in_metric and numbers[0] < self._share.batch:
+                raise ValueError(
+                    f"the metric of a step is made of the whole batch's gradient, got a microbatch "
+                    f"of {int(numbers[0])} of {self._share.batch} examples over all ranks; leave "
+                    "optimizer out, or give each rank its share in one pass"
+                )
+            object.__setattr__(self, "_numbers", numbers)
+            return numbers
+        return self._numbers
+
+    def _check(self, numbers: list[float]) -> None:
+        """Raise RuntimeError, on each rank, unless all expect the same batch and have it."""
+        share, ranks = self._share, self._ranks
+        examples, _, marks, squares = map(int, numbers[:4])
+        is_part = share.is_by_example and share.is_told and examples < share.batch
+        is_possible = is_part or examples == share.batch
+        # All marks are equal if the mean of their squares is the square of their mean.
+        if is_possible and ranks * squares == marks * marks:
+            return
+        if is_possible:
+            controller = (
+                "no controller was given"
+                if share.fingerprint is None
+                else f"its controller has fingerprint {share.fingerprint}"
+            )
+            raise RuntimeError(
+                f"the {ranks} ranks do not train alike: they expect batches of different sizes, or "
+                f"their controllers differ. This one expects {share.batch} examples of all ranks, "
+                f"and {controller}. Build the controllers with the same settings, load the same "
+                "state on all ranks, and call update with the same learning rates; give "
+                "batch_size=loader.batch.examples where shares of the batch differ"
+            )
+        weighed = (
+            f"batch_size = {share.batch} was given"
+            if share.is_told
+            else f"all shares were taken to be as large, for a batch of {share.batch}"
+        )
+        raise RuntimeError(
+            f"the {ranks} ranks have {examples} examples together, {share.examples} of them here, "
+            f"and {weighed}, so that their gradients have wrong weights: give "
+            "batch_size=loader.batch.examples, the number over all ranks; if that was given, the "
+            "ranks draw batches of different sizes, so load the same state of the controller on "
+            "all of them"
+        )
+
+    def _read_whole(self) -> list[float]:
+        """Return the sums, of a batch whose mean gradient the ranks have."""
+        numbers, share = self._read(), self._share
+        if numbers[0] < share.batch:
+            raise ValueError(
+                f"this is a microbatch, of {int(numbers[0])} examples over all ranks where "
+                f"batch_size = {share.batch} was given, and has no gradient of its own: add the "
+                "partial of all microbatches, and complete the sum with "
+                "cabs_torch.gradient_norm_squared(parameters). If it is the whole batch, "
+                "batch_size is wrong"
+            )
+        if share.problem:
+            raise RuntimeError(share.problem)
+        if numbers[-1] != 0.0:
+            raise RuntimeError(
+                "gradients were not zero before the pass, so that they are not those of this batch "
+                "alone; call optimizer.zero_grad() before, and where this is the last of several "
+                "microbatches, give the number of examples in all of them as batch_size"
+            )
+        check_alike(numbers[5], numbers[-2], self._ranks)
+        return numbers
+
+    @property
+    def examples(self) -> int:
+        """How many examples all ranks have together."""
+        return int(self._read()[0])
+
+    @property
+    def groups(self) -> int:
+        """How many groups they are in."""
+        numbers = self._read()
+        return int(numbers[0] if self._share.is_by_example else numbers[1])
+
+    @property
+    def estimated(self) -> int:
+        """How many of the groups were not measured themselves."""
+        return self.groups - int(self._read()[1])
+
+    @property
+    def loss(self) -> Tensor:
+        """Mean loss of all examples, 0-d."""
+        return self._sums[4] / self.examples
+
+    @property
+    def group_square_sum(self) -> Tensor:
+        """Sum over the groups of all ranks, 0-d or of shape (groups of parameters,)."""
+        self._read()
+        return self._shaped(self._sums[6 : 6 + len(self._share.squares)])
+
+    @property
+    def gradient_norm_squared(self) -> Tensor:
+        """Squared norm of the mean gradient of all examples, of the same shape."""
+        self._read_whole()
+        return self._shaped(self._sums[6 + len(self._share.squares) :])
+
+    def _shaped(self, sums: Tensor) -> Tensor:
+        return sums if self._is_grouped else sums[0]
+
+    def read(self) -> GradientStatistics:
+        """Return the same statistics as Python numbers, or as NumPy arrays of one a group."""
+        numbers = self._read_whole()
+        sums: Any = np.reshape(numbers[6:-2], (2, -1))
+        squares, norms = sums if self._is_grouped else sums[:, 0].tolist()
+        loss = numbers[4] / self.examples
+        return GradientStatistics(self.examples, self.groups, squares, norms, self.estimated, loss)
+
+    def __repr__(self) -> str:
+        return f"TotalStatistics({self.read()})"
+
+
+def _beside(tensor: Tensor) -> Any:
+    return torch.cuda.stream(torch.cuda.Stream(tensor.device)) if tensor.is_cuda else nullcontext()
