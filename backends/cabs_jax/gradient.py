@@ -220,10 +220,9 @@ def measure(
         weights = {value: one for value, one in zip(inputs, flat, strict=True) if value in leaves}
     squares = {}
     for value, leaf in leaves.items():
-        how = partial(_square, leaf, sample=sample)
-        if metric is not None:
-            how = partial(_weighted_square, leaf, weights[value], sample=sample)
-        square = meshes.automatic(how, _marks(value, leaf, found))
+        how = _square if metric is None else _weighted_square
+        marked = [_marks(value, leaf, found), *([weights[value]] if weights else [])]
+        square = meshes.automatic(partial(how, leaf, sample=sample), *marked)
         squares[value] = square * (counted**2 * share).astype(square.dtype)
     if terms:
         known = dict(zip(scope.inputs, [*arguments.leaves, *closed.consts], strict=True))
@@ -344,7 +343,7 @@ def _square(leaf: Leaf, marks: Any, sample: int | None) -> Array:
     return jnp.sum(uses.square(leaf.factors, some))
 
 
-def _weighted_square(leaf: Leaf, weight: Any, marks: Any, sample: int | None) -> Array:
+def _weighted_square(leaf: Leaf, marks: Any, weight: Any, sample: int | None) -> Array:
     """Return the same with each coordinate's squares multiplied by its weight."""
     some = jax.tree.map(lambda array: array[:sample], marks)
     if leaf.mode is Mode.GRADIENTS:

@@ -1,5 +1,7 @@
 """Batches and parameters on meshes of devices, against a loop over the examples and plain JAX."""
 
+import math
+import re
 from contextlib import nullcontext
 from functools import partial
 
@@ -212,3 +214,51 @@ def test_a_mask_may_lie_anywhere_also_where_a_sample_is_measured(is_sharded):
         for options in ({}, {"sample": 5}):
             found = jax.jit(partial(step, **options))(parameters, batch, 13)
             assert_exact(found, network, examples=slice(13), **{"sampled": 5} if options else {})
+
+
+def reduced_in(function, *args):
+    """Return how many elements each collective of the compiled program has, by its kind."""
+    found = {}
+    pattern = r" (all-reduce|all-gather|reduce-scatter|collective-permute|all-to-all)(?:-start)?\("
+    for line in jax.jit(function).lower(*args).compile().as_text().splitlines():
+        match = re.search(pattern, line)
+        if match is not None:
+            shapes = re.findall(r"\w\d+\[([\d,]*)\]", line[: match.start()])
+            sizes = [math.prod(map(int, filter(None, shape.split(",")))) for shape in shapes]
+            found.setdefault(match[1], []).append(sum(sizes))
+    return found
+
+
+def layers(parameters, example):
+    """Use each parameter once."""
+    hidden = jax.nn.relu(example["x"] @ parameters["in"] + parameters["bias"])
+    return jnp.sum(jnp.tanh(hidden @ parameters["out"]) * example["y"])
+
+
+@pytest.mark.parametrize("kinds", [(AUTO, AUTO), *([] if IS_OLD else [(EXPLICIT, AUTO)])])
+@pytest.mark.parametrize(("loss_fn", "more"), [(layers, []), (network, [3])])
+def test_statistics_add_a_number_a_parameter_to_the_collective_there_is(kinds, loss_fn, more):
+    mesh = mesh_of(kinds)
+    args = placed(mesh, PARAMETERS, P()), placed(mesh, BATCH, P("data"))
+    plain = reduced_in(jax.value_and_grad(mean_loss(loss_fn)), *args)
+    measured = reduced_in(cabs_jax.value_and_grad(loss_fn), *args)
+    (elements,) = plain["all-reduce"]
+    assert plain.keys() == measured.keys() == {"all-reduce"}
+    # Where a weight is used twice, whether squares have cancelled is asked of all devices.
+    *small, large = sorted(measured["all-reduce"])
+    assert small == more
+    assert elements < large <= elements + 5
+
+
+@pytest.mark.parametrize("kinds", [(AUTO, AUTO), *([] if IS_OLD else [(EXPLICIT, AUTO)])])
+def test_norms_in_a_metric_are_those_of_a_sharded_batch(kinds):
+    mesh = mesh_of(kinds)
+    step = cabs_jax.value_and_grad(
+        network, metric=lambda found: jax.tree.map(lambda g: 1.0 / (jnp.abs(g) + 0.1), found)
+    )
+    (_, alone), _ = jax.jit(step)(PARAMETERS, BATCH)
+    args = placed(mesh, PARAMETERS, P()), placed(mesh, BATCH, P("data"))
+    (_, spread), _ = jax.jit(step)(*args)
+    assert spread.read().group_square_sum == pytest.approx(alone.read().group_square_sum, rel=1e-5)
+    norms = spread.read().gradient_norm_squared, alone.read().gradient_norm_squared
+    assert norms[0] == pytest.approx(norms[1], rel=1e-5)
