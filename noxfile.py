@@ -189,7 +189,8 @@ def study(session: nox.Session) -> None:
     # Run beside the library and never part of it, for its licence is another.
     session.install("mice==1.0.5")
     results = str(ROOT / "docs" / "study" / "results")
-    for script, options in (("study", ("--jobs", "2")), ("convex", ())):
+    for script, options in (("study", ("--jobs", "2")), ("convex", ()), ("seconds", ())):
         command = ("python", f"examples/paper/{script}.py", "--data-dir", data, "--out", results)
         session.run(*command, *options)
-    session.run("python", "examples/paper/report.py", results)
+    for script in ("report", "seconds_report"):
+        session.run("python", f"examples/paper/{script}.py", results)

@@ -12,6 +12,7 @@ ONLY = {
     "test_keras_fit.py": "tensorflow",
     "test_study.py": "torch",
     "test_convex.py": "torch",
+    "test_seconds.py": "torch",
 }
 
 

@@ -1,0 +1,75 @@
+"""The study by time judges what it says it judges, and a quick one leaves its tables."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.processes import finished
+
+PAPER = Path(__file__).parents[2] / "examples" / "paper"
+
+
+@pytest.fixture
+def report(module):
+    return module("seconds_report")
+
+
+def runs_of(report, methods):
+    """Return runs whose loss is a power of the time, for each method and seed by how fast it is."""
+    rows = []
+    for method, by_seed in methods.items():
+        for seed, faster in by_seed.items():
+            curve = []
+            for share in np.geomspace(1e-3, 1.0, 200):
+                steps = share * report.BUDGETS[1024] / (1024 + 100)
+                curve.append((steps, 100 * steps, (share * faster) ** -0.5))
+            row = {"problem": "p", "optimizer": "SGD", "rate": 0.1, "overhead": 1024}
+            rows.append({**row, "method": method, "seed": seed, "curve": curve})
+    return rows
+
+
+def test_a_rule_that_is_twice_as_fast_takes_half_of_the_time(report):
+    methods = {
+        "constant 16": {1: 1.0, 2: 1.0},
+        "constant 32": {1: 0.8, 2: 0.8},
+        "Progress": {1: 2.0, 2: 2.0},
+        "CABS": {1: 0.5, 2: 0.5},
+    }
+    (cell, found), *_ = report.curves_of(runs_of(report, methods)).items()
+    assert (cell.optimizer, cell.overhead) == ("SGD", 1024)
+    judged = report.ratios(found)
+    assert judged["constant 16"][0] == pytest.approx(1.0, rel=0.04)
+    assert judged["Progress"][0] == pytest.approx(0.5, rel=0.04)
+    assert judged["Progress"][1] == pytest.approx(2.0**-0.5, rel=0.01)
+    assert judged["CABS"][0] == pytest.approx(2.0, rel=0.04)
+
+
+def test_the_constant_is_chosen_on_one_seed_and_judged_on_another(report):
+    # Luck makes one constant the best on either seed, and the other on the other.
+    methods = {
+        "constant 16": {1: 2.0, 2: 1.0},
+        "constant 32": {1: 1.0, 2: 2.0},
+        "CABS": {1: 1.0, 2: 1.0},
+    }
+    (found,) = report.curves_of(runs_of(report, methods)).values()
+    assert report.ratios(found)["CABS"][0] == pytest.approx(1.0, rel=0.04)
+
+
+def test_a_quick_study_leaves_tables_and_a_figure(tmp_path):
+    command = [sys.executable, str(PAPER / "seconds.py"), "--out", str(tmp_path), "--quick"]
+    result = finished([*command, "--seeds", "2"])
+    assert result.returncode == 0, result.stderr
+    runs = [json.loads(line) for line in (tmp_path / "seconds.jsonl").read_text().splitlines()]
+    assert {run["optimizer"] for run in runs} == {"SGD", "momentum", "AdamW"}
+    assert all(run["curve"] for run in runs)
+    # What is there is not made again.
+    assert finished([*command, "--seeds", "2"]).returncode == 0
+    assert len((tmp_path / "seconds.jsonl").read_text().splitlines()) == len(runs)
+    result = finished([sys.executable, str(PAPER / "seconds_report.py"), str(tmp_path)])
+    assert result.returncode == 0, result.stderr
+    assert "Progress, measured" in (tmp_path / "seconds.inc").read_text()
+    assert "h = 8192" in (tmp_path / "seconds-overheads.inc").read_text()
+    assert (tmp_path / "seconds.svg").read_bytes().startswith(b"<?xml")
