@@ -19,7 +19,7 @@ from cabs_tensorflow.graph.symbolic_shapes import Sizes
 from cabs_tensorflow.norms import reductions
 from cabs_tensorflow.rules.batch_axis import check_inside
 from cabs_tensorflow.rules.layout import Batch
-from cabs_tensorflow.rules.uses import total_squares
+from cabs_tensorflow.rules.uses import total_squares, weighted_squares
 from cabs_tensorflow.walk import Walk
 
 
@@ -92,11 +92,14 @@ class Measurement:
             for used in found
         ]
 
-    def square_sums(self, cotangents: Sequence[Any]) -> list[Any]:
+    def square_sums(
+        self, cotangents: Sequence[Any], weights: Sequence[Any] | None = None
+    ) -> list[Any]:
         """Return for each leaf the sum over examples of the squared norms, None where it is zero.
 
         Args:
             cotangents: Those of the targets, None where they are zero.
+            weights: What each element's square counts, for each leaf in its shape; None for one.
         """
         known = dict(zip(self._targets[None], cotangents, strict=True))
         for name, call in self._program.calls.items():
@@ -113,7 +116,12 @@ class Measurement:
                 raise self._walk.error(entered.tensor, entered.operation, str(problem)) from None
             for leaf, one in found.items():
                 terms[leaf].append(one)
-        sums = {leaf: total_squares(some) for leaf, some in terms.items()}
+        sums = {
+            leaf: total_squares(some)
+            if weights is None or weights[leaf] is None
+            else weighted_squares(some, weights[leaf])
+            for leaf, some in terms.items()
+        }
         for own, layout in self._walk.own.items():
             leaf = self._own_leaf(own)
             cotangent = known.get(own)
@@ -123,7 +131,12 @@ class Measurement:
                 raise uncovered(
                     "a source holds a part for each example, and is shared too:", [self.names[leaf]]
                 )
-            sums[leaf] = reductions.square(self._batch.take(cotangent, layout))
+            taken = self._batch.take(cotangent, layout)
+            if weights is None or weights[leaf] is None:
+                sums[leaf] = reductions.square(taken)
+            else:
+                weight = self._batch.take(weights[leaf], layout)
+                sums[leaf] = reductions.weighted_square(taken, weight)
         return [sums.get(leaf) for leaf in range(len(self.names))]
 
     def _find_targets(self) -> dict[str | None, dict[str, Any]]:

@@ -14,7 +14,8 @@ import tensorflow as tf
 from cabs.values.scalars import as_integer
 from cabs_tensorflow.measure import Measurement
 from cabs_tensorflow.norms import reductions
-from cabs_tensorflow.norms.gradients import square_of
+from cabs_tensorflow.norms.gradients import square_in, square_of
+from cabs_tensorflow.optimizers import metric_of, weights_of
 from cabs_tensorflow.replicas import check_alone
 from cabs_tensorflow.statistics import BatchStatistics
 
@@ -89,6 +90,7 @@ class GradientTape:
         *,
         sample: int | None = None,
         loss_scale: Any = None,
+        optimizer: Any = None,
     ) -> tuple[Any, BatchStatistics]:
         r"""Return the gradients of the mean loss, and their statistics.
 
@@ -101,6 +103,11 @@ class GradientTape:
             loss_scale: A number that the loss is multiplied by for half precision, such as
                 ``optimizer.scale_loss(1.0)`` of Keras. Gradients are those of the scaled loss, as
                 the optimizer takes them; statistics are those of the loss itself.
+            optimizer: For norms in the metric of the step that it takes next,
+                :math:`|x|_P^2 = \sum_c P_c x_c^2`. One of Keras' SGD, where P is 1, Adam, AdamW,
+                Nadam, RMSprop and Adagrad, built, where P is one over what the step divides by,
+                with this gradient in it. Or a function from a gradient and its variable to P, a
+                tensor in their shape.
 
         Returns:
             ``(gradients, statistics)``: gradients in the structure of ``sources``, as
@@ -108,7 +115,8 @@ class GradientTape:
             :class:`cabs_tensorflow.BatchStatistics`.
 
         Raises:
-            TypeError: If the losses are no tensor of real numbers.
+            TypeError: If the losses are no tensor of real numbers, or the optimizer's step is not
+                known.
             ValueError: If the losses have not shape (m,), with m at least 2, belong to another
                 function, or depend on none of the sources; if ``sample`` is below 1; or in a
                 ``tf.distribute`` strategy of several replicas.
@@ -139,7 +147,10 @@ class GradientTape:
                 "losses must depend on at least one of the sources; were they computed inside of "
                 "the tape's with block, from these variables?"
             )
-        squares = measurement.square_sums(cotangents)
+        metric, weights = None if optimizer is None else metric_of(optimizer), None
+        if metric is not None:
+            weights = weights_of(metric, leaves, given, loss_scale)
+        squares = measurement.square_sums(cotangents, weights)
         # What the tape does not watch, such as a variable that is not trainable, has no gradient.
         sums = [
             square
@@ -148,7 +159,8 @@ class GradientTape:
         ]
         dtype = reductions.sum_type([one for one in given if one is not None])
         total = tf.add_n([tf.cast(one, dtype) for one in sums])
-        gradient_norm_squared = tf.cast(square_of(given), dtype)
+        norm = square_of(given) if weights is None else square_in(weights, given, dtype)
+        gradient_norm_squared = tf.cast(norm, dtype)
         count = tf.cast(examples, dtype)
         # An example's gradient is m times its share of the mean's.
         share = count**2 * (count / tf.cast(measurement.taken, dtype))

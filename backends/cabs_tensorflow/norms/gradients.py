@@ -32,6 +32,13 @@ def square_of(gradients: Sequence[Any]) -> Any:
     return tf.add_n(sums)
 
 
+def square_in(weights: Sequence[Any], gradients: Sequence[Any], dtype: Any) -> Any:
+    """Return the sum of squares of the elements of gradients, each times its weight."""
+    pairs = [pair for pair in zip(gradients, weights, strict=True) if pair[0] is not None]
+    sums = [reductions.weighted_square(tf.convert_to_tensor(one), weight) for one, weight in pairs]
+    return tf.add_n([tf.cast(one, dtype) for one in sums])
+
+
 def _square_of_one(gradient: Any) -> Any:
     if not isinstance(gradient, tf.IndexedSlices):
         return reductions.square(gradient)

@@ -36,6 +36,12 @@ def square(tensor: Any) -> Any:
     return 2.0 * tf.nn.l2_loss(wide(tensor))
 
 
+def weighted_square(tensor: Any, weight: Any) -> Any:
+    """Return the sum of squares of all elements, each times its weight."""
+    squares = tf.square(wide(tensor))
+    return tf.reduce_sum(squares * tf.cast(weight, squares.dtype))
+
+
 def sum_type(tensors: Sequence[Any]) -> Any:
     """Return the type in which squares of tensors are summed."""
     return tf.float64 if any(one.dtype == tf.float64 for one in tensors) else tf.float32

@@ -13,7 +13,7 @@ from typing import Any
 import tensorflow as tf
 
 from cabs.gradients.layout import Shape
-from cabs.gradients.terms import Term, together
+from cabs.gradients.terms import Product, Term, together
 from cabs_tensorflow.norms import reductions
 from cabs_tensorflow.norms.arrays import ARRAYS, TensorflowArrays
 
@@ -64,7 +64,27 @@ def total_squares(terms: Sequence[Term]) -> Any:
     return materialized_squares(terms) if found is None else found
 
 
-def materialized_squares(terms: Sequence[Term]) -> Any:
+def weighted_squares(terms: Sequence[Term], weight: Any) -> Any:
+    """Return the same with each coordinate's square multiplied by its weight, (parameter's shape).
+
+    Products of one position, whose elements' squares are products too, are not materialized.
+    """
+    (term, *more) = terms
+    if not more and isinstance(term, Product) and term.left.shape[2] == 1:
+        groups = (term.blocks, term.rows, term.columns)
+        order = [axis for group in groups for axis in group]
+        order += [axis for axis in range(len(term.shape)) if axis not in order]
+        sizes = [math.prod(term.shape[axis] for axis in group) for group in groups]
+        arranged = tf.reshape(tf.transpose(reductions.wide(weight), order), sizes)
+        left, right = (
+            tf.transpose(tf.square(reductions.wide(side[:, :, 0])), [1, 0, 2])
+            for side in (term.left, term.right)
+        )
+        return tf.reduce_sum(tf.matmul(left, arranged) * right)
+    return materialized_squares(terms, weight)
+
+
+def materialized_squares(terms: Sequence[Term], weight: Any = None) -> Any:
     """Return the sum over examples of the squared norm of the sum of terms, materializing it."""
     counts = [len(term.operands) for term in terms]
 
@@ -74,7 +94,10 @@ def materialized_squares(terms: Sequence[Term]) -> Any:
             term.gradient(ARRAYS, *(next(left) for _ in range(count)))
             for term, count in zip(terms, counts, strict=True)
         ]
-        return reductions.square(tf.add_n(formed) if len(formed) > 1 else formed[0])
+        total = tf.add_n(formed) if len(formed) > 1 else formed[0]
+        if weight is None:
+            return reductions.square(total)
+        return reductions.weighted_square(total, weight)
 
     tensors = [tensor for term in terms for tensor in term.operands]
     return reductions.in_chunks(some, tensors, 2 * math.prod(terms[0].shape))

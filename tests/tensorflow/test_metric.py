@@ -1,0 +1,185 @@
+"""Norms in the metric of an optimizer's step, against loops over the examples and the steps."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import cabs_tensorflow
+import cabs_tensorflow.optimizers
+from cabs import Controller, Progress
+
+M = 5
+
+
+def model_of(seed=0):
+    keras.utils.set_random_seed(seed)
+    table = keras.layers.Embedding(9, 4)
+    inside = keras.Sequential(
+        [
+            *(table, keras.layers.Conv1D(6, 3, padding="same", activation="tanh")),
+            *(keras.layers.LayerNormalization(), keras.layers.Dense(4, activation="tanh")),
+            *(keras.layers.GlobalAveragePooling1D(), keras.layers.Dense(9)),
+        ]
+    )
+    inside.build((None, 7))
+    return inside
+
+
+def losses_of(model, ids, labels):
+    scores = model(ids)
+    return keras.losses.sparse_categorical_crossentropy(labels, scores, from_logits=True)
+
+
+def data(examples=M):
+    random = np.random.default_rng(1)
+    ids = tf.constant(random.integers(0, 9, (examples, 7)), tf.int32)
+    return ids, tf.constant(random.integers(0, 9, examples), tf.int32)
+
+
+def one_by_one(model, ids, labels):
+    """Return the gradients of each example, by variable, dense."""
+    rows = []
+    for at in range(len(labels)):
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_sum(losses_of(model, ids[at : at + 1], labels[at : at + 1]))
+        found = tape.gradient(loss, model.trainable_variables)
+        rows.append([tf.convert_to_tensor(one).numpy().astype(np.float64) for one in found])
+    return [np.stack(some) for some in zip(*rows, strict=True)]
+
+
+OPTIMIZERS = {
+    "sgd": lambda: keras.optimizers.SGD(0.1, momentum=0.9),
+    "adam": lambda: keras.optimizers.Adam(0.1, beta_1=0.0, epsilon=1e-3),
+    "amsgrad": lambda: keras.optimizers.Adam(0.1, beta_1=0.0, amsgrad=True, epsilon=1e-3),
+    "adamw": lambda: keras.optimizers.AdamW(0.1, beta_1=0.0, weight_decay=0.0, epsilon=1e-3),
+    "nadam": lambda: keras.optimizers.Nadam(0.1, beta_1=0.0, epsilon=1e-3),
+    "rmsprop": lambda: keras.optimizers.RMSprop(0.1, epsilon=1e-3),
+    "centered": lambda: keras.optimizers.RMSprop(0.1, centered=True, epsilon=1e-3),
+    "adagrad": lambda: keras.optimizers.Adagrad(0.1, epsilon=1e-3),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_p_is_what_the_step_multiplies_the_gradient_with(name):
+    variable = keras.Variable(np.array([1.0, -2.0, 0.5, 0.0]), dtype="float32")
+    optimizer = OPTIMIZERS[name]()
+    optimizer.build([variable])
+    metric = cabs_tensorflow.optimizers.metric_of(optimizer)
+    for step in range(3):
+        gradient = tf.constant([0.3, -0.2, 4.0, 0.01]) / (step + 1.0)
+        expected = 1.0 if metric is None else metric(gradient, variable).numpy()
+        before = variable.numpy()
+        optimizer.apply([gradient], [variable])
+        if name != "sgd":
+            # Without momentum, a step is the rate times P times the gradient.
+            moved = (before - variable.numpy()) / 0.1
+            np.testing.assert_allclose(moved, expected * gradient.numpy(), rtol=1e-4)
+
+
+@pytest.mark.parametrize("is_known", [True, False])
+def test_norms_are_those_of_a_loop(is_known):
+    model, (ids, labels) = model_of(), data()
+    optimizer = keras.optimizers.Adam(0.01)
+    optimizer.build(model.trainable_variables)
+    shapes = [(M, 7), (M,)] if is_known else [(None, 7), (None,)]
+
+    @tf.function(input_signature=[tf.TensorSpec(shape, tf.int32) for shape in shapes])
+    def step(ids, labels):
+        with cabs_tensorflow.GradientTape() as tape:
+            losses = losses_of(model, ids, labels)
+        gradients, statistics = tape.gradient(
+            losses, model.trainable_variables, optimizer=optimizer
+        )
+        dense = [tf.convert_to_tensor(one) for one in gradients]
+        metric = cabs_tensorflow.optimizers.metric_of(optimizer)
+        pairs = zip(dense, model.trainable_variables, strict=True)
+        return dense, [metric(*pair) for pair in pairs], statistics
+
+    for _ in range(2):
+        rows = one_by_one(model, ids, labels)
+        gradients, weights, statistics = step(ids, labels)
+        squares = sum((w.numpy() * row**2).sum() for w, row in zip(weights, rows, strict=True))
+        norm = sum(
+            (w.numpy() * row.mean(axis=0) ** 2).sum() for w, row in zip(weights, rows, strict=True)
+        )
+        read = statistics.read()
+        assert read.group_square_sum == pytest.approx(squares, rel=1e-4)
+        assert read.gradient_norm_squared == pytest.approx(norm, rel=1e-4)
+        optimizer.apply(gradients, model.trainable_variables)
+
+
+def test_uses_and_scales_and_samples_go_with_a_metric():
+    weight = tf.Variable(np.random.default_rng(0).standard_normal((3, 3)).astype(np.float32))
+    inputs = tf.constant(np.random.default_rng(1).standard_normal((6, 3)), tf.float32)
+    metric = lambda gradient, _: 1.0 / (tf.abs(gradient) + 0.1)  # noqa: E731
+
+    def losses_of_rows(rows):
+        # Used twice, and once transposed; T = 1.
+        return tf.reduce_sum(
+            tf.tanh(tf.tanh(rows @ weight) @ weight) @ tf.transpose(weight), axis=1
+        )
+
+    @tf.function
+    def step(inputs, scale, sample):
+        with cabs_tensorflow.GradientTape() as tape:
+            losses = losses_of_rows(inputs)
+        return tape.gradient(losses, [weight], optimizer=metric, loss_scale=scale, sample=sample)
+
+    rows = []
+    for at in range(6):
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_sum(losses_of_rows(inputs[at : at + 1]))
+        rows.append(tape.gradient(loss, weight).numpy())
+    rows = np.stack(rows)
+    weights = 1.0 / (np.abs(rows.mean(axis=0)) + 0.1)
+    for scale in (None, 64.0):
+        for sample in (None, 4):
+            _, statistics = step(inputs, scale, sample)
+            some = rows[:sample]
+            expected = (weights * some**2).sum() * len(rows) / len(some)
+            assert float(statistics.group_square_sum) == pytest.approx(expected, rel=1e-4)
+            norm = (weights * rows.mean(axis=0) ** 2).sum()
+            assert float(statistics.gradient_norm_squared) == pytest.approx(norm, rel=1e-4)
+
+
+def test_one_product_is_not_materialized_and_exact():
+    dense, inputs = keras.layers.Dense(3), tf.constant(np.eye(4, 5) + 0.5, tf.float32)
+    dense.build((None, 5))
+    metric = lambda gradient, _: tf.abs(gradient) + 0.1  # noqa: E731
+
+    @tf.function
+    def step(inputs):
+        with cabs_tensorflow.GradientTape() as tape:
+            losses = tf.reduce_sum(tf.square(dense(inputs)), axis=1)
+        return tape.gradient(losses, dense.trainable_variables, optimizer=metric)
+
+    gradients, statistics = step(inputs)
+    outputs = dense(inputs).numpy()
+    kernels = 2.0 * inputs.numpy()[:, :, None] * outputs[:, None, :]
+    expected = ((np.abs(gradients[0].numpy()) + 0.1) * kernels**2).sum()
+    expected += ((np.abs(gradients[1].numpy()) + 0.1) * (2.0 * outputs) ** 2).sum()
+    assert float(statistics.group_square_sum) == pytest.approx(expected, rel=1e-5)
+    controller = Controller(16, rule=Progress(overhead=100, adaptive=True))
+    assert not controller.update(statistics, learning_rate=1e-3).held
+
+
+def test_what_is_not_known_is_refused():
+    variable = tf.Variable([1.0, 2.0])
+
+    def step(optimizer):
+        @tf.function
+        def traced():
+            with cabs_tensorflow.GradientTape() as tape:
+                losses = tf.ones([3, 1]) @ tf.reshape(variable, [1, 2])
+                losses = tf.reduce_sum(losses, axis=1)
+            return tape.gradient(losses, [variable], optimizer=optimizer)
+
+        return traced()
+
+    with pytest.raises(TypeError, match="optimizer must be one of Keras' SGD, Adam"):
+        step(keras.optimizers.Ftrl())
+    with pytest.raises(ValueError, match=r"optimizer must be built.*optimizer\.build"):
+        step(keras.optimizers.Adam())
+    with pytest.raises(ValueError, match="P in the shape of the gradient"):
+        step(lambda gradient, _: gradient[:1])
