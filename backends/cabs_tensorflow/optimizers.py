@@ -31,8 +31,8 @@ def metric_of(optimizer: Any) -> Metric | None:
     if not is_known:
         raise TypeError(
             f"optimizer must be one of Keras' {', '.join(_ROOTS)}, whose steps are known, got "
-            f"{optimizer!r}; for another give a function from a gradient and its variable to P, a tensor in their "
-            "shape"
+            f"{optimizer!r}; for another give a function from a gradient and its variable to P, a "
+            "tensor in their shape"
         )
     root = _ROOTS[kind.__name__]
     if root is None:
