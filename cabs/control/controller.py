@@ -19,6 +19,8 @@ from cabs.control.state import carry_over, fingerprint_of, read_state, write_sta
 from cabs.control.stopwatch import Stopwatch
 from cabs.values.scalars import Scalar, Scalars, as_float, as_floats
 
+_UNTIMED = None, None
+
 
 class Controller:
     r"""Chooses the size of the next batch, by the CABS rule unless another is given.
@@ -221,7 +223,8 @@ class Controller:
             >>> controller.update(learning_rate=[0.1, 0.01], loss=1.0).batch_size
             40
         """
-        square, examples = expected_gradient_norm_squared, self.batch_size
+        square, examples = expected_gradient_norm_squared, self._state.batch_size
+        rule = self._configuration.rule
         if statistics is not None:
             if variance_trace is not None or square is not None:
                 raise ValueError(
@@ -236,7 +239,11 @@ class Controller:
             None if variance_trace is None else as_floats(variance_trace, "variance_trace"),
             as_float(loss, "loss"),
             None if square is None else sum(as_floats(square, "expected_gradient_norm_squared")),
-            *self._timed(seconds, examples),
+            *(
+                _UNTIMED
+                if seconds is None and not rule.needs_clock
+                else self._timed(seconds, examples)
+            ),
         )
         state, decision = decide(self._configuration, self._state, observation)
         if decision.batch_size == 1 and decision.reason is Reason.VARIANCE_NOT_FINITE:
@@ -274,7 +281,7 @@ class Controller:
         self, seconds: Scalar | Stopwatch | None, examples: int
     ) -> tuple[float | None, int | None]:
         """Return the seconds of a step and its examples; None twice if it was not timed."""
-        if seconds is None and self._configuration.rule.needs_clock:
+        if seconds is None:
             raise ValueError(
                 "seconds must be given, since the rule measures what a step costs: pass a "
                 "cabs.Stopwatch() at every update, or name the overhead, as "
@@ -283,7 +290,7 @@ class Controller:
         # Only now, when the statistics have arrived.
         taken = seconds.lap() if isinstance(seconds, Stopwatch) else seconds
         if taken is None:
-            return None, None
+            return _UNTIMED
         return as_float(taken, "seconds"), examples
 
     def state_dict(self) -> dict[str, Any]:

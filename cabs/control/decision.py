@@ -283,11 +283,8 @@ def _check(configuration: Configuration, state: State, observation: Observation)
             f"it, and only there, got {square} for {configuration.rule}; give what an adapter "
             "returned, or both numbers"
         )
-    seconds, examples = observation[4:]
-    if (seconds is None) != (examples is None) or (examples is not None and examples < 1):
-        raise ValueError(f"seconds must be of a number of examples, got examples = {examples}")
-    if seconds is not None and seconds < 0.0:
-        raise ValueError(f"seconds must be at least 0, got seconds = {seconds}")
+    if observation.seconds is not None or observation.examples is not None:
+        _check_timing(observation.seconds, observation.examples)
     for rate in rates:
         if rate < 0.0:
             raise ValueError(f"learning_rate must be at least 0, got learning_rate = {rate}")
@@ -308,6 +305,13 @@ def _check(configuration: Configuration, state: State, observation: Observation)
             f"learning_rate must be one number or one per parameter group, got {len(rates)} "
             f"learning rates for {len(traces)} traces"
         )
+
+
+def _check_timing(seconds: float | None, examples: int | None) -> None:
+    if seconds is None or examples is None or examples < 1:
+        raise ValueError(f"seconds must be of a number of examples, got examples = {examples}")
+    if seconds < 0.0:
+        raise ValueError(f"seconds must be at least 0, got seconds = {seconds}")
 
 
 def _is_finite(observation: Observation) -> bool:
