@@ -13,6 +13,16 @@ def two_dense(inputs: int) -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.Linear(inputs, 64), nn.ReLU(), nn.Linear(64, 10))
 
 
+def three_convolutions(channels: int) -> nn.Module:
+    """Return a network of three convolutions and a mean over places, as small."""
+    return nn.Sequential(
+        *(nn.Conv2d(channels, 16, 5, stride=2, padding=2), nn.ReLU()),
+        *(nn.Conv2d(16, 32, 3, stride=2, padding=1), nn.ReLU()),
+        *(nn.Conv2d(32, 64, 3, padding=1), nn.ReLU()),
+        *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10)),
+    )
+
+
 def two_convolutions_and_two_dense(channels: int, side: int) -> nn.Module:
     """Return the network for MNIST and Fashion-MNIST, for square images of that side."""
     places = (side // 4) ** 2

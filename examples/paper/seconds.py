@@ -14,33 +14,27 @@ import argparse
 import json
 import math
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch import nn
 from tqdm import tqdm
 
 import cabs
 import cabs_torch
 import networks
 from pages import read, short
-from problems import Images
+from problems import GPT, LENGTH, Images, Shape, Text
 
-# Time units of a run, for each overhead.
-BUDGETS = {0: 100e3, 128: 400e3, 1024: 1.5e6, 8192: 6e6}
-CONSTANTS = tuple(2**power for power in range(4, 13))
-SIZES = cabs.BatchSizes.range(CONSTANTS[0], CONSTANTS[-1])
-# Learning rates by optimizer: from a third of what is usually best to three times as much.
-RATES = {"SGD": (0.03, 0.1, 0.3), "momentum": (0.004, 0.015, 0.05), "AdamW": (7e-4, 3e-3, 1e-2)}
-PROBLEMS = ("mnist", "fashion-mnist")
+SMALLEST = 16
 # Of the clock that is measured, a tenth of noise.
 NOISE = 0.1
 # From one look at the loss to the next, and over how many examples.
-GROWTH, LOOKED_AT = 1.1, 2500
+GROWTH, LOOKED_AT = 1.1, {4096: 2500, 1024: 1000}
 DIVERGED = 30.0
 
 # The rules, given the overhead, and whether the optimizer divides by a second moment.
@@ -54,6 +48,52 @@ RULES: dict[str, Callable[[int, bool], Any]] = {
 BLIND = ("CABS", "norm test 0.9")
 
 
+class Comparison(NamedTuple):
+    """What is compared on a problem."""
+
+    # Time units of a run, for each overhead.
+    budgets: dict[int, float]
+    largest: int
+    # Learning rates by optimizer.
+    rates: dict[str, tuple[float, ...]]
+    rules: tuple[str, ...]
+
+    @property
+    def constants(self) -> list[str]:
+        """The constant sizes."""
+        sizes = (2**power for power in range(4, 13))
+        return [f"constant {size}" for size in sizes if size <= self.largest]
+
+
+# From a third of what is usually best to three times as much.
+_DENSE = Comparison(
+    {0: 100e3, 128: 400e3, 1024: 1.5e6, 8192: 6e6},
+    4096,
+    {"SGD": (0.03, 0.1, 0.3), "momentum": (0.004, 0.015, 0.05), "AdamW": (7e-4, 3e-3, 1e-2)},
+    tuple(RULES),
+)
+# Where an example costs a hundred times as much.
+_SHORT = {0: 12e3, 128: 40e3, 1024: 150e3}
+COMPARISONS = {
+    "mnist": _DENSE,
+    "fashion-mnist": _DENSE,
+    "cifar10": Comparison(
+        _SHORT,
+        1024,
+        {"SGD": (0.15, 0.5), "momentum": (0.02, 0.05), "AdamW": (1e-3, 3e-3)},
+        ("Progress", "CABS"),
+    ),
+    "tinyshakespeare": Comparison(
+        _SHORT,
+        1024,
+        {"SGD": (0.3, 1.0), "momentum": (0.05, 0.15), "AdamW": (1e-3, 3e-3)},
+        ("Progress", "CABS"),
+    ),
+    "digits": _DENSE,
+}
+OPTIMIZERS = tuple(_DENSE.rates)
+
+
 class Setting(NamedTuple):
     """What tells runs apart; without an overhead, a run is long enough for each."""
 
@@ -65,14 +105,15 @@ class Setting(NamedTuple):
     seed: int
 
 
-def settings(problems: tuple[str, ...], seeds: range) -> Iterator[Setting]:
+def settings(problems: Iterable[str], seeds: range) -> Iterator[Setting]:
     """Yield all runs, those that are compared together."""
-    methods: list[tuple[str, int | None]]
-    methods = [(f"constant {size}", None) for size in CONSTANTS]
-    for rule in RULES:
-        methods += [(rule, overhead) for overhead in ([None] if rule in BLIND else BUDGETS)]
-    for problem, optimizer in product(problems, RATES):
-        for rate, seed, (method, overhead) in product(RATES[optimizer], seeds, methods):
+    for problem, optimizer in product(problems, OPTIMIZERS):
+        compared = COMPARISONS[problem]
+        methods: list[tuple[str, int | None]] = [(one, None) for one in compared.constants]
+        for rule in compared.rules:
+            methods += [(rule, h) for h in ([None] if rule in BLIND else compared.budgets)]
+        rates = compared.rates[optimizer]
+        for rate, seed, (method, overhead) in product(rates, seeds, methods):
             yield Setting(problem, optimizer, rate, method, overhead, seed)
 
 
@@ -90,24 +131,26 @@ class Constant:
         self.batch_size = batch_size
 
 
-def train(setting: Setting, problem: Images, scale: float = 1.0) -> dict[str, Any]:
+def train(setting: Setting, problem: Any, scale: float = 1.0) -> dict[str, Any]:
     """Train until every budget is spent; return the loss at growing times, as plain values."""
     torch.manual_seed(setting.seed)
     noise = random.Random(setting.seed)
     model = problem.network()
     optimizer = made(setting.optimizer, model, setting.rate)
+    compared = COMPARISONS[setting.problem]
+    sizes = cabs.BatchSizes.range(SMALLEST, compared.largest)
     kind, _, size = setting.method.partition(" ")
     controller = None
     if kind == "constant":
         method: Any = Constant(int(size))
     else:
         rule = RULES[setting.method](setting.overhead or 0, setting.optimizer == "AdamW")
-        method = controller = cabs.Controller(SIZES.minimum, sizes=SIZES, rule=rule)
-    overheads = (
-        BUDGETS if setting.overhead is None else {setting.overhead: BUDGETS[setting.overhead]}
-    )
+        method = controller = cabs.Controller(SMALLEST, sizes=sizes, rule=rule)
+    budgets = compared.budgets
+    if setting.overhead is not None:
+        budgets = {setting.overhead: budgets[setting.overhead]}
     # The bundled digits are fewer than the largest size.
-    drop_last = problem.examples >= SIZES.maximum
+    drop_last = problem.examples >= compared.largest
     sampler = cabs.BatchSampler(problem.examples, method, seed=setting.seed, drop_last=drop_last)
     shuffled = torch.Generator().manual_seed(setting.seed)
     curve: list[tuple[int, int, float | None]] = []
@@ -116,7 +159,7 @@ def train(setting: Setting, problem: Images, scale: float = 1.0) -> dict[str, An
     while share < scale:
         for indices in sampler:
             inputs, targets = problem.batch(indices, shuffled)
-            losses = cross_entropy(model(inputs), targets, reduction="none")
+            losses = problem.losses(model(inputs), targets)
             optimizer.zero_grad()
             if controller is None:
                 losses.mean().backward()  # type: ignore[no-untyped-call]
@@ -131,24 +174,28 @@ def train(setting: Setting, problem: Images, scale: float = 1.0) -> dict[str, An
             optimizer.step()
             steps, seen = steps + 1, seen + len(indices)
             # Until all budgets are spent; a budget that is, is cut off where runs are judged.
-            share = min((h * steps + seen) / budget for h, budget in overheads.items())
+            share = min((h * steps + seen) / budget for h, budget in budgets.items())
             if share >= look:
-                loss = looked_at(model, problem)
+                loss = looked_at(model, problem, LOOKED_AT[compared.largest])
                 curve.append((steps, seen, short(loss)))
                 if not loss < DIVERGED:
                     return {**setting._asdict(), "curve": curve}
                 look = max(share * GROWTH, 1e-3)
             if share >= scale:
                 break
-    curve.append((steps, seen, short(looked_at(model, problem))))
+    last = looked_at(model, problem, LOOKED_AT[compared.largest])
+    curve.append((steps, seen, short(last)))
     return {**setting._asdict(), "curve": curve}
 
 
 @torch.no_grad()
-def looked_at(model: nn.Module, problem: Images) -> float:
-    """Return the mean loss over the last examples of the training set."""
-    images, labels = problem.last(LOOKED_AT)
-    return float(cross_entropy(model(images), labels))
+def looked_at(model: nn.Module, problem: Any, count: int) -> float:
+    """Return the mean loss over the last so many examples of the training set."""
+    chosen = np.arange(max(problem.examples - count, 0), problem.examples)
+    fixed = torch.Generator().manual_seed(0)
+    parts = (problem.batch(some, fixed) for some in np.array_split(chosen, 5))
+    found = [problem.losses(model(inputs), targets) for inputs, targets in parts]
+    return float(torch.cat(found).double().mean())
 
 
 class Dense(Images):
@@ -158,10 +205,29 @@ class Dense(Images):
         """Return a new network."""
         return networks.two_dense(self._train[0][0].numel())
 
-    def last(self, examples: int) -> tuple[Tensor, Tensor]:
-        """Return the last examples of the training set."""
-        images, labels = (part[-examples:] for part in self._train)
-        return images, labels
+
+class Convolutions(Images):
+    """Crops for three convolutions."""
+
+    def network(self) -> nn.Module:
+        """Return a new network."""
+        return networks.three_convolutions(self._train[0].shape[1])
+
+
+class ShortText(Text):
+    """Text for a smaller GPT."""
+
+    def network(self) -> nn.Module:
+        """Return a new network."""
+        return GPT(Shape(self._characters, LENGTH, width=32, heads=2, layers=2))
+
+
+def found(name: str, data_dir: Path | None) -> Any:
+    """Return a problem by name."""
+    if name == "tinyshakespeare":
+        assert data_dir is not None
+        return ShortText(data_dir / name / "input.txt", "cpu")
+    return (Convolutions if name == "cifar10" else Dense)(name, data_dir, "cpu", 0.0)
 
 
 def main() -> None:
@@ -171,7 +237,9 @@ def main() -> None:
     )
     parser.add_argument("--data-dir", type=Path, help="folder that holds folders of files")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--problems", nargs="+", choices=PROBLEMS, default=PROBLEMS)
+    parser.add_argument(
+        "--problems", nargs="+", choices=COMPARISONS, default=tuple(COMPARISONS)[:-1]
+    )
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--first-seed", type=int, default=11)
     parser.add_argument("--quick", action="store_true", help="little of it, on bundled digits")
@@ -189,10 +257,10 @@ def main() -> None:
     )
     seeds = range(options.first_seed, options.first_seed + options.seeds)
     wanted = [one for one in settings(problems, seeds) if one not in known]
-    found = {name: Dense(name, options.data_dir, "cpu", 0.0) for name in problems}
+    loaded = {name: found(name, options.data_dir) for name in problems}
     with path.open("a", encoding="utf-8") as file:
         for setting in tqdm(wanted, unit=" runs"):
-            run = train(setting, found[setting.problem], 0.003 if options.quick else 1.0)
+            run = train(setting, loaded[setting.problem], 0.003 if options.quick else 1.0)
             file.write(json.dumps(run) + "\n")
             file.flush()
 

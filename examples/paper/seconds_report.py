@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 import sys
 from collections import defaultdict
+from collections.abc import Iterator
 from itertools import permutations
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pages import Vector, read, save, table
-from seconds import BUDGETS, CONSTANTS, RATES, RULES
+from seconds import COMPARISONS, OPTIMIZERS, RULES
 
 SHARES = (1 / 8, 1 / 4, 1 / 2)
 # Times, as shares of the budget, at which curves are compared.
@@ -37,20 +38,31 @@ class Cell(NamedTuple):
     overhead: int
 
 
+# What is averaged over.
+NETWORKS = {
+    "dense": ("mnist", "fashion-mnist", "digits"),
+    "convolutions": ("cifar10",),
+    "GPT": ("tinyshakespeare",),
+}
+ALL_OVERHEADS = tuple(COMPARISONS["mnist"].budgets)
+
 # By cell: by method: by seed: the least loss so far, at each time.
 Curves = dict[Cell, dict[str, dict[int, Vector]]]
+# By cell: by method: its time, and its loss at the end, over those of the best constant.
+Judged = dict[Cell, dict[str, tuple[float, float]]]
 
 
 def curves_of(runs: list[dict[str, Any]]) -> Curves:
     """Return the curves of all cells."""
     curves: Curves = defaultdict(lambda: defaultdict(dict))
     for run in runs:
-        overheads = BUDGETS if run["overhead"] is None else (run["overhead"],)
+        budgets = COMPARISONS[run["problem"]].budgets
+        overheads = budgets if run["overhead"] is None else (run["overhead"],)
         for overhead in overheads:
             cell = Cell(run["problem"], run["optimizer"], run["rate"], overhead)
             times, losses = [], []
             for steps, seen, loss in run["curve"]:
-                times.append((overhead * steps + seen) / BUDGETS[overhead])
+                times.append((overhead * steps + seen) / budgets[overhead])
                 losses.append(50.0 if loss is None else min(loss, 50.0))
             least = np.minimum.accumulate(losses)
             curve = np.exp(np.interp(np.log(TIMES), np.log(times), np.log(least)))
@@ -99,81 +111,96 @@ def mean(values: list[float]) -> float:
     return math.exp(float(np.mean(np.log(values))))
 
 
+def judged_of(curves: Curves) -> Judged:
+    """Return the ratios of the cells that are whole: at least two seeds of every method."""
+    found = {}
+    for cell, methods in curves.items():
+        compared = COMPARISONS[cell.problem]
+        names = (*compared.constants, *compared.rules)
+        some = {name: methods[name] for name in names if name in methods}
+        if len(some) == len(names) and len(set.intersection(*map(set, some.values()))) > 1:
+            found[cell] = ratios(some)
+    return found
+
+
+def rows_of(network: str, optimizer: str, cells: Judged) -> Iterator[tuple[str, ...]]:
+    """Yield a row for each rule, and for the constant that is best for all cells."""
+    shared = set.intersection(*(set(found) for found in cells.values()))
+    constants = [name for name in shared if name not in RULES]
+    single = min(constants, key=lambda one: mean([found[one][0] for found in cells.values()]))
+    for name in (*(rule for rule in RULES if rule in shared), single):
+        times = [found[name][0] for found in cells.values()]
+        error = float(np.std(np.log(times), ddof=1)) / math.sqrt(len(times))
+        yield (
+            f"{network}, {len(cells)} cells",
+            optimizer,
+            name if name in RULES else f"always {name.partition(' ')[2]}",
+            f"{mean(times):.2f} ± {mean(times) * error:.2f}",
+            f"{max(times):.2f}",
+            f"{np.mean(np.array(times) <= 1.05):.0%}",
+            f"{mean([found[name][1] for found in cells.values()]):.2f}",
+        )
+
+
 def main() -> None:
     """Write the tables and the figure."""
     out = Path(sys.argv[1])
-    curves = curves_of(read(out / "seconds.jsonl"))
-    judged = {cell: ratios(methods) for cell, methods in curves.items()}
-    judged = {cell: found for cell, found in judged.items() if found}
+    judged = judged_of(curves_of(read(out / "seconds.jsonl")))
     rows, by_overhead = [], []
-    for optimizer in RATES:
-        cells = {cell: found for cell, found in judged.items() if cell.optimizer == optimizer}
-        if not cells:
-            continue
-        of = {
-            name: [found[name][0] for found in cells.values()]
-            for name in (*RULES, *(f"constant {size}" for size in CONSTANTS))
-        }
-        single = min(
-            (one for one in of if one.startswith("constant")), key=lambda one: mean(of[one])
-        )
-        for name in (*RULES, single):
-            logs = np.log(of[name])
-            error = float(logs.std(ddof=1)) / math.sqrt(len(logs))
-            rows.append(
-                (
-                    optimizer,
-                    name if name in RULES else f"always {name.partition(' ')[2]}",
-                    f"{mean(of[name]):.3f} ± {mean(of[name]) * error:.3f}",
-                    f"{max(of[name]):.2f}",
-                    f"{np.mean(np.array(of[name]) <= 1.05):.0%}",
-                    f"{mean([found[name][1] for found in cells.values()]):.2f}",
-                )
-            )
-        for name in RULES:
-            by_h = [
-                [found[name][0] for cell, found in cells.items() if cell.overhead == overhead]
-                for overhead in BUDGETS
-            ]
-            columns = [f"{mean(values):.2f} ({max(values):.2f})" for values in by_h]
-            by_overhead.append((optimizer, name, *columns))
-    header = ("optimizer", "rule", "time", "worst cell", "cells at most 1.05", "final loss")
+    for network, problems in NETWORKS.items():
+        for optimizer in OPTIMIZERS:
+            cells = {
+                cell: found
+                for cell, found in judged.items()
+                if cell.problem in problems and cell.optimizer == optimizer
+            }
+            if len(cells) < 2:
+                continue
+            rows += rows_of(network, optimizer, cells)
+            for name in ("Progress", "Progress, measured", "CABS"):
+                by_h = [
+                    [
+                        one[name][0]
+                        for cell, one in cells.items()
+                        if cell.overhead == h and name in one
+                    ]
+                    for h in ALL_OVERHEADS
+                ]
+                if any(by_h):
+                    columns = (f"{mean(one):.2f} ({max(one):.2f})" if one else "" for one in by_h)
+                    by_overhead.append((network, optimizer, name, *columns))
+    header = ("network", "optimizer", "rule", "time", "worst", "at most 1.05", "final loss")
     (out / "seconds.inc").write_text(table(header, rows), encoding="utf-8")
-    header = ("optimizer", "rule", *(f"h = {overhead}" for overhead in BUDGETS))
+    header = ("network", "optimizer", "rule", *(f"h = {overhead}" for overhead in ALL_OVERHEADS))
     (out / "seconds-overheads.inc").write_text(table(header, by_overhead), encoding="utf-8")
     draw(judged, out / "seconds.svg")
 
 
-def draw(judged: dict[Cell, dict[str, tuple[float, float]]], path: Path) -> None:
+def draw(judged: Judged, path: Path) -> None:
     """Draw times over learning rates, a panel an optimizer and a line an overhead."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9.0, 3.2), layout="constrained")
-    panels = figure.subplots(1, len(RATES), sharey=True)
-    for panel, (optimizer, rates) in zip(panels, RATES.items(), strict=True):
+    panels = figure.subplots(1, len(OPTIMIZERS), sharey=True)
+    lines = [("Progress", overhead) for overhead in ALL_OVERHEADS] + [("CABS", 1024)]
+    for panel, optimizer in zip(panels, OPTIMIZERS, strict=True):
         panel.axhline(1.0, color="0.6", linewidth=1.0)
-        for overhead in BUDGETS:
-            for name, line in (("Progress", "-"), ("CABS", ":")):
-                pairs = [
-                    (rate, mean(found))
-                    for rate in sorted(rates)
-                    for found in [
-                        [
-                            one[name][0]
-                            for cell, one in judged.items()
-                            if cell[1:] == (optimizer, rate, overhead)
-                        ]
-                    ]
-                    if found
-                ]
-                if name == "Progress" or overhead == 1024:
-                    panel.plot(
-                        *zip(*pairs, strict=True),
-                        line,
-                        marker="o",
-                        markersize=3,
-                        label=f"h = {overhead}" if name == "Progress" else "CABS, h = 1024",
-                    )
+        for name, overhead in lines:
+            by_rate: dict[float, list[float]] = defaultdict(list)
+            for cell, found in judged.items():
+                is_dense = cell.problem in NETWORKS["dense"]
+                if is_dense and (cell.optimizer, cell.overhead) == (optimizer, overhead):
+                    by_rate[cell.rate].append(found[name][0])
+            rates = sorted(by_rate)
+            panel.plot(
+                rates,
+                [mean(by_rate[rate]) for rate in rates],
+                ":" if name == "CABS" else "-",
+                color="0.4" if name == "CABS" else None,
+                marker="o",
+                markersize=3,
+                label=f"{name}, h = {overhead}",
+            )
         panel.set(xscale="log", yscale="log", xlabel="learning rate", title=optimizer)
     panels[0].set_ylabel("time / best constant's")
     panels[-1].legend(frameon=False, fontsize=8)

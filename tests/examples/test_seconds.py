@@ -24,9 +24,9 @@ def runs_of(report, methods):
         for seed, faster in by_seed.items():
             curve = []
             for share in np.geomspace(1e-3, 1.0, 200):
-                steps = share * report.BUDGETS[1024] / (1024 + 100)
+                steps = share * report.COMPARISONS["mnist"].budgets[1024] / (1024 + 100)
                 curve.append((steps, 100 * steps, (share * faster) ** -0.5))
-            row = {"problem": "p", "optimizer": "SGD", "rate": 0.1, "overhead": 1024}
+            row = {"problem": "mnist", "optimizer": "SGD", "rate": 0.1, "overhead": 1024}
             rows.append({**row, "method": method, "seed": seed, "curve": curve})
     return rows
 
