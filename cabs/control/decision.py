@@ -422,7 +422,8 @@ def _explored(
     sizes = configuration.sizes
     size = sizes.nearest(0.5 * raw)
     if clock.tries_larger:
-        size = sizes.nearest(max(4.0 * raw, 8.0 * size))
+        # Before anything is known of the cost, a look at a size that shows its order of magnitude.
+        size = sizes.nearest(max(4.0 * raw, (8.0 if clock.cost else 32.0) * size))
     if configuration.max_growth is not None and size > current:
         size = min(size, sizes.limit_growth(current, configuration.max_growth))
     return size, Reason.EXPLORING
