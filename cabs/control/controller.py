@@ -32,7 +32,8 @@ class Controller:
     nearest allowed size.
 
     Args:
-        batch_size: Size of the first batch, in examples; one of ``sizes``.
+        batch_size: Size of the first batch, in examples; one of ``sizes``. By default what the rule
+            begins with, the smallest of them for most.
         sizes: The sizes allowed: a :class:`cabs.BatchSizes`, or integers one by one. Within-batch
             statistics need at least 2.
         smoothing: Constant of the exponential averages, in [0, 1).
@@ -61,7 +62,7 @@ class Controller:
 
     def __init__(
         self,
-        batch_size: int,
+        batch_size: int | None = None,
         *,
         sizes: BatchSizes | Iterable[int] = DEFAULT_SIZES,
         smoothing: float = 0.95,
@@ -71,10 +72,13 @@ class Controller:
         max_growth: float | None = None,
         every: int = 1,
     ) -> None:
+        allowed = sizes if isinstance(sizes, BatchSizes) else BatchSizes(sizes)
+        if batch_size is None and hasattr(rule, "first_size"):
+            batch_size = rule.first_size(allowed)
         self._start(
             Configuration(
-                batch_size=batch_size,
-                sizes=sizes if isinstance(sizes, BatchSizes) else BatchSizes(sizes),
+                batch_size=batch_size,  # type: ignore[arg-type]
+                sizes=allowed,
                 smoothing=smoothing,
                 debias=debias,
                 rule=rule,

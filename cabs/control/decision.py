@@ -418,12 +418,18 @@ def _choose(configuration: Configuration, current: int, raw: float) -> tuple[int
 def _explored(
     configuration: Configuration, clock: Clock, current: int, raw: float
 ) -> tuple[int, Reason]:
-    """Return half of what is asked for, or four times as much, in turn."""
-    sizes = configuration.sizes
-    size = sizes.nearest(0.5 * raw)
+    """Return half of what is asked for, or four times as much, in turn.
+
+    For Adam, in whose second moment the noise of small batches stays, nothing smaller than asked.
+    """
+    sizes, is_adaptive = configuration.sizes, getattr(configuration.rule, "adaptive", False)
+    size = sizes.nearest(raw if is_adaptive else 0.5 * raw)
+    # Before anything is known of the cost, a look at a size that shows its order of magnitude.
+    known = clock.cost is not None
+    if is_adaptive and not known:
+        size = max(size, configuration.batch_size)
     if clock.tries_larger:
-        # Before anything is known of the cost, a look at a size that shows its order of magnitude.
-        size = sizes.nearest(max(4.0 * raw, (8.0 if clock.cost else 32.0) * size))
+        size = sizes.nearest(max(4.0 * raw, (8.0 if known or is_adaptive else 32.0) * size))
     if configuration.max_growth is not None and size > current:
         size = min(size, sizes.limit_growth(current, configuration.max_growth))
     return size, Reason.EXPLORING

@@ -13,6 +13,7 @@ from typing import ClassVar
 
 from cabs.control.curve import decay_exponent, decrease
 from cabs.control.rules import Known, coupled
+from cabs.control.sizes import BatchSizes
 from cabs.values.scalars import as_bool, as_finite, as_integer
 
 
@@ -89,6 +90,21 @@ class Progress:
     def needs_clock(self) -> bool:
         """Whether it takes the seconds of a step."""
         return self.overhead is None and self.seconds is None
+
+    def first_size(self, sizes: BatchSizes) -> int:
+        """Return the smallest size, or for Adam one near the overhead.
+
+        Its second moment remembers the noise of a small first batch for as long as it remembers
+        anything, and shortens all steps until then.
+        """
+        if not self.adaptive:
+            return sizes.minimum
+        if self.seconds is not None:
+            # As many examples as take twice as long as the smallest size.
+            table = dict(self.seconds)
+            least = table[min(table)]
+            return sizes.nearest(max(m for m, time in table.items() if time <= 2.0 * least))
+        return sizes.nearest(32.0 * sizes.minimum if self.overhead is None else self.overhead)
 
     def asked(self, rates: tuple[float, ...], known: Known) -> float | None:
         """Return the size; None where the loss is not above its floor, and does not fall."""

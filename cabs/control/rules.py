@@ -14,6 +14,7 @@ from typing import ClassVar, NamedTuple, Protocol
 
 from cabs.control.averages import Averages
 from cabs.control.curve import Curve
+from cabs.control.sizes import BatchSizes
 from cabs.values.scalars import Scalar, Scalars, as_finite, as_float, as_floats
 
 # Batch sizes, in examples. A denominator at or under zero leaves nothing to divide the noise by.
@@ -155,6 +156,9 @@ class Rule(Protocol):
     needs_clock: ClassVar[bool]
     """Whether it takes the seconds of a step."""
 
+    def first_size(self, sizes: BatchSizes) -> int:
+        """Return the size of the first batch, where none is given."""
+
     def asked(self, rates: tuple[float, ...], known: Known) -> float | None:
         """Return the size that it asks for; None where it has no value."""
 
@@ -190,6 +194,10 @@ class CABS:
     def __post_init__(self) -> None:
         object.__setattr__(self, "loss_floor", as_finite(self.loss_floor, "loss_floor"))
 
+    def first_size(self, sizes: BatchSizes) -> int:
+        """Return the smallest size."""
+        return sizes.minimum
+
     def asked(self, rates: tuple[float, ...], known: Known) -> float | None:
         """Return the size that the rule asks for; None where it has no value."""
         averages = known.averages
@@ -209,6 +217,10 @@ class _OfGradient(ABC):
     needs_gradient: ClassVar[bool] = True
     needs_curve: ClassVar[bool] = False
     needs_clock: ClassVar[bool] = False
+
+    def first_size(self, sizes: BatchSizes) -> int:
+        """Return the smallest size."""
+        return sizes.minimum
 
     def asked(self, rates: tuple[float, ...], known: Known) -> float | None:  # noqa: ARG002
         """Return the size that the rule asks for."""

@@ -145,7 +145,7 @@ def train(setting: Setting, problem: Any, scale: float = 1.0) -> dict[str, Any]:
         method: Any = Constant(int(size))
     else:
         rule = RULES[setting.method](setting.overhead or 0, setting.optimizer == "AdamW")
-        method = controller = cabs.Controller(SMALLEST, sizes=sizes, rule=rule)
+        method = controller = cabs.Controller(sizes=sizes, rule=rule)
     budgets = compared.budgets
     if setting.overhead is not None:
         budgets = {setting.overhead: budgets[setting.overhead]}

@@ -216,3 +216,30 @@ def test_a_stopwatch_leaves_out_what_it_is_told_to_and_counts_loading():
     assert laps == [None, 1.25, 1.25, 1.25]
     assert (watch.total, watch.loaded) == (3.75, 0.75)
     assert StepCost(1.0, 0.5, 0.0).overhead == 2.0
+
+
+def test_the_first_batch_is_the_smallest_or_for_adam_as_large_as_the_overhead():
+    adam = {"adaptive": True}
+    assert Controller(sizes=SIZES).batch_size == 16
+    assert Controller(sizes=SIZES, rule=Progress(1000)).batch_size == 16
+    assert Controller(sizes=SIZES, rule=Progress(1000, **adam)).batch_size == 1000
+    assert Controller(sizes=SIZES, rule=Progress(10**6, **adam)).batch_size == 4096
+    assert Controller(sizes=SIZES, rule=Progress(**adam)).batch_size == 512
+    table = Progress(seconds={16: 1.0, 64: 1.9, 128: 2.5}, **adam)
+    assert Controller(sizes=SIZES, rule=table).batch_size == 64
+    assert Controller(32, sizes=SIZES, rule=Progress(1000, **adam)).batch_size == 32
+
+
+def test_under_adam_nothing_smaller_than_asked_for_is_tried():
+    controller = Controller(sizes=SIZES, rule=Progress(adaptive=True))
+    for step in range(100):
+        decision = controller.update(
+            learning_rate=0.01,
+            variance_trace=4000.0,
+            expected_gradient_norm_squared=5.0,
+            loss=3.0 * (step + 1.0) ** -0.5,
+            seconds=EACH * (1024.0 + controller.batch_size),
+        )
+        if decision.reason.value == "exploring":
+            assert decision.batch_size >= min(SIZES.nearest(decision.raw), 4096)
+    assert controller.step_cost.overhead == pytest.approx(1024.0, rel=1e-3)
