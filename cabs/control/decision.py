@@ -429,7 +429,7 @@ def _explored(
     if is_adaptive and not known:
         size = max(size, configuration.batch_size)
     if clock.tries_larger:
-        size = sizes.nearest(max(4.0 * raw, (8.0 if known or is_adaptive else 32.0) * size))
+        size = sizes.nearest(max(4.0 * raw, (4.0 if known or is_adaptive else 16.0) * size))
     if configuration.max_growth is not None and size > current:
         size = min(size, sizes.limit_growth(current, configuration.max_growth))
     return size, Reason.EXPLORING

@@ -104,7 +104,7 @@ class Progress:
             table = dict(self.seconds)
             least = table[min(table)]
             return sizes.nearest(max(m for m, time in table.items() if time <= 2.0 * least))
-        return sizes.nearest(32.0 * sizes.minimum if self.overhead is None else self.overhead)
+        return sizes.nearest(8.0 * sizes.minimum if self.overhead is None else self.overhead)
 
     def asked(self, rates: tuple[float, ...], known: Known) -> float | None:
         """Return the size; None where the loss is not above its floor, and does not fall."""

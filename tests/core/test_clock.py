@@ -224,7 +224,7 @@ def test_the_first_batch_is_the_smallest_or_for_adam_as_large_as_the_overhead():
     assert Controller(sizes=SIZES, rule=Progress(1000)).batch_size == 16
     assert Controller(sizes=SIZES, rule=Progress(1000, **adam)).batch_size == 1000
     assert Controller(sizes=SIZES, rule=Progress(10**6, **adam)).batch_size == 4096
-    assert Controller(sizes=SIZES, rule=Progress(**adam)).batch_size == 512
+    assert Controller(sizes=SIZES, rule=Progress(**adam)).batch_size == 128
     table = Progress(seconds={16: 1.0, 64: 1.9, 128: 2.5}, **adam)
     assert Controller(sizes=SIZES, rule=table).batch_size == 64
     assert Controller(32, sizes=SIZES, rule=Progress(1000, **adam)).batch_size == 32
