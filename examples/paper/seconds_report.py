@@ -180,6 +180,7 @@ def draw(judged: Judged, path: Path) -> None:
     """Draw times over learning rates, a panel an optimizer and a line an overhead."""
     from matplotlib.figure import Figure
 
+    dense = {cell: found for cell, found in judged.items() if cell.problem in NETWORKS["dense"]}
     figure = Figure(figsize=(9.0, 3.2), layout="constrained")
     panels = figure.subplots(1, len(OPTIMIZERS), sharey=True)
     lines = [("Progress", overhead) for overhead in ALL_OVERHEADS] + [("CABS", 1024)]
@@ -187,13 +188,12 @@ def draw(judged: Judged, path: Path) -> None:
         panel.axhline(1.0, color="0.6", linewidth=1.0)
         for name, overhead in lines:
             by_rate: dict[float, list[float]] = defaultdict(list)
-            for cell, found in judged.items():
-                is_dense = cell.problem in NETWORKS["dense"]
-                if is_dense and (cell.optimizer, cell.overhead) == (optimizer, overhead):
+            for cell, found in dense.items():
+                if (cell.optimizer, cell.overhead) == (optimizer, overhead):
                     by_rate[cell.rate].append(found[name][0])
             rates = sorted(by_rate)
             panel.plot(
-                rates,
+                range(len(rates)),
                 [mean(by_rate[rate]) for rate in rates],
                 ":" if name == "CABS" else "-",
                 color="0.4" if name == "CABS" else None,
@@ -201,7 +201,9 @@ def draw(judged: Judged, path: Path) -> None:
                 markersize=3,
                 label=f"{name}, h = {overhead}",
             )
-        panel.set(xscale="log", yscale="log", xlabel="learning rate", title=optimizer)
+        rates = sorted({cell.rate for cell in dense if cell.optimizer == optimizer})
+        panel.set_xticks(range(len(rates)), [f"{rate:g}" for rate in rates])
+        panel.set(yscale="log", xlabel="learning rate", title=optimizer)
     panels[0].set_ylabel("time / best constant's")
     panels[-1].legend(frameon=False, fontsize=8)
     save(figure, path)
