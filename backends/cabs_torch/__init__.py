@@ -8,6 +8,7 @@ from cabs_torch.accumulation import Accumulation
 from cabs_torch.backward import backward
 from cabs_torch.compiled import CompiledStep, compile  # noqa: A004
 from cabs_torch.data.loader import loader
+from cabs_torch.microbatches import Microbatches
 from cabs_torch.optimizers import learning_rates
 from cabs_torch.rules.registered import OuterProduct, register_rule
 from cabs_torch.statistics import BatchStatistics, gradient_norm_squared
@@ -17,6 +18,7 @@ __all__ = [
     "Accumulation",
     "BatchStatistics",
     "CompiledStep",
+    "Microbatches",
     "OuterProduct",
     "UncoveredParameterError",
     "backward",

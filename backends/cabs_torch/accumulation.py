@@ -19,19 +19,19 @@ from torch.autograd.graph import get_gradient_edge
 
 from cabs import PartialStatistics
 from cabs.values.scalars import as_integer
-from cabs_torch.engines import Engine, MeanGradient
+from cabs_torch.engines import Engine
 from cabs_torch.errors import describe
 from cabs_torch.graph.reentrant_checkpoints import is_reentrant_checkpoint
 from cabs_torch.norms import reductions
 from cabs_torch.norms.sums import SquareSums
-from cabs_torch.options import as_groups
-from cabs_torch.ranks import check_whole, group_of, size_of, unreduced
+from cabs_torch.options import parameter_lists
+from cabs_torch.passes import Passes
+from cabs_torch.ranks import check_whole, size_of, unreduced
 from cabs_torch.statistics import BatchStatistics
-from cabs_torch.totals import Share, TotalStatistics
 from cabs_torch.walk import leaves_behind
 
 
-class Accumulation:
+class Accumulation(Passes):
     r"""Turns gradient accumulation into statistics, with a group for each microbatch.
 
     Write ``accumulation.backward(loss, examples=k)`` for the mean loss of each microbatch, and
@@ -75,26 +75,15 @@ class Accumulation:
         process_group: Any = None,
         controller: Any = None,
     ) -> None:
-        as_integer(batch_size, "batch_size", 2)
-        self._group, self._controller = group_of(process_group), controller
-        self._is_grouped = isinstance(parameters, torch.optim.Optimizer)
-        if isinstance(parameters, torch.optim.Optimizer):
-            groups = [group["params"] for group in parameters.param_groups]
-        else:
-            groups = [list(parameters)]
-        check_whole(one for group in groups for one in group)
-        self._groups = as_groups(groups)
-        self._numbers, self._count = self._groups.numbers, self._groups.count
-        self._parameters = [one for group in groups for one in group if one.requires_grad]
-        if not self._parameters:
-            raise ValueError("parameters must hold one that requires gradients, got none")
+        if not isinstance(parameters, torch.optim.Optimizer):
+            parameters = list(parameters)
+        check_whole(one for group in parameter_lists(parameters) for one in group)
+        super().__init__(parameters, batch_size, process_group, controller)
         self._engine = None if self._group is None else Engine(self._parameters, self._group)
-        self._device = self._parameters[0].device
-        self._batch_size = batch_size
         self._partial, self._loss = PartialStatistics(), reductions.zero(self._device)
         self._seen: set[int] = set()
         self._scale: Tensor | float = 1.0
-        self._before = self._squares_of_gradients()
+        self._before = self._held()
         self._versions = self._states()
         self._is_broken = False
 
@@ -129,33 +118,23 @@ class Accumulation:
             )
         if not loss.requires_grad:
             raise ValueError("loss must carry a graph to the parameters; was it detached?")
-        trained = [one for one in self._parameters if one.requires_grad]
-        # The nodes are held until the end, so that they are those that the graph has.
-        nodes = [get_gradient_edge(parameter).node for parameter in trained]
-        known, first = set(nodes), get_gradient_edge(loss).node
-        if not any(leaf in known or is_reentrant_checkpoint(leaf) for leaf in leaves_behind(first)):
-            raise ValueError(
-                "loss must depend on the parameters that are accumulated, got one with none of "
-                "them in its graph; give the parameters that the forward pass uses, which are not "
-                "those that FSDP keeps sharded"
-            )
         self._check_gradients()
         # Of a batch of which an engine takes the mean over the ranks' parts.
         share = size_of(self._group) * examples / self._batch_size
         scaled = loss * share if scaler is None else scaler.scale(loss * share)
         self._scale = 1.0 if scaler is None else scaler.scale(torch.ones_like(loss)).double()
         squares, seen = SquareSums(), set[int]()
-        hooks = [
-            node.register_prehook(partial(self._see, squares, seen, parameter))
-            for node, parameter in zip(nodes, trained, strict=True)
-        ]
-        self._is_broken = True
-        try:
-            with unreduced(trained) if self._group is None else nullcontext():
+        with self._watched(partial(self._see, squares, seen)) as nodes:
+            known, leaves = set(nodes), leaves_behind(get_gradient_edge(loss).node)
+            if not any(leaf in known or is_reentrant_checkpoint(leaf) for leaf in leaves):
+                raise ValueError(
+                    "loss must depend on the parameters that are accumulated, got one with none of "
+                    "them in its graph; give the parameters that the forward pass uses, which are "
+                    "not those that FSDP keeps sharded"
+                )
+            self._is_broken = True
+            with unreduced(self._parameters) if self._group is None else nullcontext():
                 scaled.backward()
-        finally:
-            for hook in hooks:
-                hook.remove()
         self._is_broken = False
         self._seen |= seen
         self._loss = self._loss + examples * loss.detach().to(self._device, torch.float64)
@@ -184,38 +163,20 @@ class Accumulation:
             )
         self._groups.check_measured(self._seen)
         self._check_gradients()
-        squares = self._squares_of_gradients() / self._scale**2
         # No branch, which would wait for the device.
         nothing = torch.where(self._before == 0.0, 0.0, torch.nan)
         loss, self._loss = self._loss, reductions.zero(self._device)
         self._partial, self._seen = PartialStatistics(), set()
         square_sum = whole.group_square_sum + nothing
-        if self._group is not None:
-            return self._over_ranks(whole, square_sum, loss)
-        loss = loss / self._batch_size
-        return BatchStatistics(whole.examples, whole.groups, square_sum, squares, loss=loss)
-
-    def _over_ranks(
-        self, whole: PartialStatistics, square_sum: Any, loss: Tensor
-    ) -> BatchStatistics:
-        """Return the statistics of the microbatches of all ranks."""
-        assert self._engine is not None
-        self._engine.check()
-        gradient = MeanGradient(self._parameters, self._group)
-        norms, alike = gradient.squares(self._numbers.__getitem__, self._count, self._device)
-        share = Share(
-            whole.examples,
-            self._batch_size,
-            is_told=True,
-            fingerprint=None if self._controller is None else self._controller.fingerprint,
+        if self._engine is not None:
+            self._engine.check()
+        return self._completed(
+            square_sum,
+            examples=whole.examples,
+            passes=whole.groups,
             loss=loss,
-            squares=square_sum.reshape(-1),
-            norms=norms / self._scale**2,
-            alike=alike,
-            measured=whole.groups,
-            is_by_example=False,
+            scale=self._scale,
         )
-        return TotalStatistics(share, self._group, measured=1.0, is_grouped=self._is_grouped)
 
     def _check_gradients(self) -> None:
         """Raise RuntimeError if gradients are not those of the microbatches so far."""
@@ -225,7 +186,7 @@ class Accumulation:
                 "gradients; set them to zero and make a new cabs_torch.Accumulation"
             )
         if not self._partial.groups:
-            self._before = self._squares_of_gradients()
+            self._before = self._held()
         elif self._versions != self._states():
             raise RuntimeError(
                 "gradients were changed between microbatches, by another backward pass, or by an "
@@ -236,14 +197,6 @@ class Accumulation:
         """Return what changes with the gradients that parameters hold."""
         gradients = [parameter.grad for parameter in self._parameters]
         return [None if one is None else (id(one), one._version) for one in gradients]
-
-    def _squares_of_gradients(self) -> Tensor:
-        squares = SquareSums()
-        for parameter in self._parameters:
-            if parameter.grad is not None:
-                squares.square(self._numbers[id(parameter)], parameter.grad)
-        # At once: gradients that are held would be those of later microbatches.
-        return self._summed(squares)
 
     def _see(
         self,
@@ -262,8 +215,4 @@ class Accumulation:
         seen.add(id(parameter))
         if self._engine is not None and parameter is self._engine.parameter:
             self._engine.see(gradients)
-        squares.square(self._numbers[id(parameter)], gradients[0])
-
-    def _summed(self, squares: SquareSums) -> Tensor:
-        sums = squares.by_group(int, self._count, self._device)
-        return sums if self._is_grouped else sums[0]
+        self._square(squares, parameter, gradients[0])

@@ -40,7 +40,7 @@ def as_used(parameter: Tensor) -> Tensor:
     return parameter if whole is None else whole
 
 
-def _arrived(parameter: Tensor) -> Any:
+def arrived_for(parameter: Tensor) -> Any:
     """Return the gradient that an engine has left for a parameter, None if there is none."""
     if parameter.grad is not None:
         return parameter.grad
@@ -93,7 +93,7 @@ class MeanGradient:
         meshes: dict[int, list[int]] = {}
         for parameter in parameters:
             is_required = id(parameter) in required
-            gradient: Any = _arrived(parameter) if is_required else parameter.grad
+            gradient: Any = arrived_for(parameter) if is_required else parameter.grad
             if gradient is None:
                 if is_required and not self.problem:
                     self.problem = (
@@ -217,26 +217,58 @@ def _copies(gradient: Any) -> int:
     return copies
 
 
-class Engine:
+class Smallest:
+    """The smallest of some parameters, which tells what becomes of the gradients passes give it.
+
+    Args:
+        parameters: Those that passes give gradients.
+        group: Ranks that train together, None for this one alone.
+    """
+
+    def __init__(self, parameters: Iterable[Tensor], group: Any) -> None:
+        self._group = group
+        self.parameter = min(parameters, key=Tensor.numel)
+        """The one that is asked about."""
+        # Zeros where a rank's pass gives it nothing: the others sum over this rank too.
+        self._local = self.parameter.new_zeros(_ELEMENTS, dtype=torch.float64)
+        self._sizes: list[Tensor] = []
+
+    def see(self, gradients: Sequence[Tensor | None]) -> None:
+        """Note what this rank's pass gives the parameter, called before that is added."""
+        if gradients[0] is not None:
+            first = _first(gradients[0])
+            self._local = self._local + first
+            self._sizes.append(first.norm())
+
+    @property
+    def rounding(self) -> float:
+        """What rounding may do to the sum, in the dtype in which it is added up."""
+        sizes = float(torch.stack(self._sizes).sum()) if self._sizes else 0.0
+        return 4 * torch.finfo(self.parameter.dtype).eps * sizes
+
+    def compared(self) -> tuple[Tensor, Tensor | None]:
+        """Return what all ranks' passes gave together, and what arrived; first elements of both."""
+        summed = self._local.clone()
+        if self._group is not None:
+            torch.distributed.all_reduce(summed, group=self._group)
+        arrived = arrived_for(self.parameter)
+        if arrived is None:
+            return summed, None
+        return summed, _first(arrived.full_tensor() if is_distributed(arrived) else arrived)
+
+
+class Engine(Smallest):
     """What averages the gradients of a pass over ranks, made before it.
 
     In a first step it is asked: the gradient of one parameter, the smallest, is summed over ranks
     and compared with what arrives. That is a collective that later steps do not have.
-
-    Args:
-        parameters: Those that the pass gives gradients.
-        group: Ranks that train together.
     """
 
     def __init__(self, parameters: Iterable[Tensor], group: Any) -> None:
         held = list(parameters)
-        self._group = group
-        self.parameter = min(held, key=Tensor.numel)
-        """The one that is asked about."""
+        super().__init__(held, group)
         known = _asked.get(id(self.parameter))
         self._is_asked = known is not None and known() is self.parameter
-        # Zeros where a rank's pass gives it nothing: the others sum over this rank too.
-        self._local = self.parameter.new_zeros(_ELEMENTS, dtype=torch.float64)
         self.before: Tensor | None = None
         """Square of the gradients that were there before the pass, 0-d."""
         shared = [_of_fully_shard(one, search=False) for one in held]
@@ -251,20 +283,18 @@ class Engine:
 
     def see(self, gradients: Sequence[Tensor | None]) -> None:
         """Note what this rank's pass gives the parameter, called before that is added."""
-        if not self._is_asked and gradients[0] is not None:
-            self._local = self._local + _first(gradients[0])
+        if not self._is_asked:
+            super().see(gradients)
 
     def check(self) -> None:
         """Raise ValueError on every rank if the engine does not take the mean."""
         if self._is_asked:
             return
-        self._is_asked, summed = True, self._local
+        self._is_asked = True
         _asked[id(self.parameter)] = weakref.ref(self.parameter)
-        torch.distributed.all_reduce(summed, group=self._group)
-        arrived = _arrived(self.parameter)
+        summed, arrived = self.compared()
         if arrived is None:
             return
-        arrived = _first(arrived.full_tensor() if is_distributed(arrived) else arrived)
         ranks = torch.distributed.get_world_size(self._group)
         is_sum = float((arrived - summed).norm()) < 0.01 * float(summed.norm())
         # What is neither sum nor mean was not reduced, which the squares tell in every step.

@@ -46,10 +46,17 @@ class Groups:
         return [[one for number, one in given if number == k] for k in range(self.count)]
 
 
+def parameter_lists(parameters: Iterable[Tensor] | Any) -> list[list[Tensor]]:
+    """Return the parameters of each group of an optimizer, or of an iterable as a single group."""
+    if isinstance(parameters, torch.optim.Optimizer):
+        return [group["params"] for group in parameters.param_groups]
+    return [list(parameters)]
+
+
 def as_groups(groups: Any) -> Groups:
     """Return parameter groups, given as an optimizer or as iterables of parameters."""
     if isinstance(groups, torch.optim.Optimizer):
-        groups = [group["params"] for group in groups.param_groups]
+        groups = parameter_lists(groups)
     numbers: dict[int, int] = {}
     trained: set[int] = set()
     kept: list[Tensor] = []

@@ -16,7 +16,7 @@ from cabs import GradientStatistics
 from cabs_torch.engines import MeanGradient, as_used
 from cabs_torch.norms import reductions
 from cabs_torch.norms.sums import SquareSums
-from cabs_torch.options import as_groups
+from cabs_torch.options import as_groups, parameter_lists
 from cabs_torch.ranks import check_whole, group_of
 
 
@@ -113,10 +113,7 @@ def gradient_norm_squared(
         25.0
     """
     over = group_of(process_group)
-    if isinstance(parameters, torch.optim.Optimizer):
-        groups = [group["params"] for group in parameters.param_groups]
-    else:
-        groups = [list(parameters)]
+    groups = parameter_lists(parameters)
     if over is None:
         check_whole(one for group in groups for one in group)
     held = [one for group in groups for one in group if one.grad is not None]
@@ -124,11 +121,12 @@ def gradient_norm_squared(
         raise ValueError("parameters must hold gradients, got none; call backward first")
     as_groups(groups).check_measured(id(as_used(one)) for one in held)
     numbers = {id(one): number for number, group in enumerate(groups) for one in group}
-    device = held[0].grad.device
+    device = held[0].device
     if over is None:
         squares = SquareSums()
         for one in held:
-            squares.square(numbers[id(one)], one.grad)
+            gradient: Any = one.grad
+            squares.square(numbers[id(one)], gradient)
         sums = squares.by_group(int, len(groups), device)
     else:
         sums = MeanGradient(held, over).summed(numbers.__getitem__, len(groups), device)

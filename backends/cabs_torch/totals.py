@@ -34,8 +34,8 @@ class Share:
     """Whether that was given, and not taken from the size of its share."""
     fingerprint: int | None
     """That of its controller."""
-    loss: Tensor
-    """Summed over its examples."""
+    loss: Tensor | None
+    """Summed over its examples, None if nobody has said."""
     squares: Tensor
     """Sums of m_k |g_k|^2, shape (groups,)."""
     norms: Tensor
@@ -52,11 +52,20 @@ class Share:
     """Whether squares are weighed by what is made of the mean gradient."""
     is_by_example: bool = True
     """Whether a group is an example, and not a microbatch."""
+    each: int = 0
+    """How many microbatches all ranks are to have each, 0 where any number will do."""
 
     @property
     def mark(self) -> int:
         """A number below 2**20 that is the same on all ranks if they train together."""
-        said = self.batch, self.fingerprint, self.is_by_example, len(self.squares)
+        said = (
+            self.batch,
+            self.fingerprint,
+            self.is_by_example,
+            len(self.squares),
+            self.each,
+            self.loss is None,
+        )
         return zlib.crc32(repr(said).encode()) >> 12
 
 
@@ -82,6 +91,7 @@ class TotalStatistics(BatchStatistics):
 
     def __init__(self, share: Share, group: Any, *, measured: float, is_grouped: bool) -> None:
         device, mark = share.squares.device, float(share.mark)
+        loss = torch.zeros_like(share.alike) if share.loss is None else share.loss
         known = torch.tensor(
             [share.examples, share.measured, mark, mark * mark],
             dtype=torch.float64,
@@ -90,7 +100,7 @@ class TotalStatistics(BatchStatistics):
         sums = torch.cat(
             [
                 known.to(device, non_blocking=True),
-                torch.stack([share.loss.to(device), share.alike]),
+                torch.stack([loss.to(device), share.alike]),
                 share.squares,
                 share.norms,
             ]
@@ -149,9 +159,11 @@ class TotalStatistics(BatchStatistics):
                 if share.fingerprint is None
                 else f"its controller has fingerprint {share.fingerprint}"
             )
+            each = f" in {share.each} microbatches here" if share.each else ""
             raise RuntimeError(
-                f"the {ranks} ranks do not train alike: they expect batches of different sizes, or "
-                f"their controllers differ. This one expects {share.batch} examples of all ranks, "
+                f"the {ranks} ranks do not train alike: they expect batches of different sizes, "
+                f"{'take different numbers of microbatches, ' if share.each else ''}or their "
+                f"controllers differ. This one expects {share.batch} examples of all ranks{each}, "
                 f"and {controller}. Build the controllers with the same settings, load the same "
                 "state on all ranks, and call update with the same learning rates; give "
                 "batch_size=loader.batch.examples where shares of the batch differ"
@@ -208,9 +220,9 @@ class TotalStatistics(BatchStatistics):
         return self.groups - int(self._read()[1])
 
     @property
-    def loss(self) -> Tensor:
-        """Mean loss of all examples, 0-d."""
-        return self._sums[4] / self.examples
+    def loss(self) -> Tensor | None:
+        """Mean loss of all examples, 0-d, None if no rank has said."""
+        return None if self._share.loss is None else self._sums[4] / self.examples
 
     @property
     def group_square_sum(self) -> Tensor:
@@ -232,7 +244,7 @@ class TotalStatistics(BatchStatistics):
         numbers = self._read_whole()
         sums: Any = np.reshape(numbers[6:-2], (2, -1))
         squares, norms = sums if self._is_grouped else sums[:, 0].tolist()
-        loss = numbers[4] / self.examples
+        loss = None if self._share.loss is None else numbers[4] / self.examples
         return GradientStatistics(self.examples, self.groups, squares, norms, self.estimated, loss)
 
     def __repr__(self) -> str:

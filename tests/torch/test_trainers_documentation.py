@@ -1,0 +1,184 @@
+"""What the documentation says about large trainers runs as it is printed."""
+
+import os
+import re
+import subprocess
+import sys
+import textwrap
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.nn.functional import cross_entropy
+from torch.nn.utils import clip_grad_norm_
+
+import cabs
+import cabs_torch
+from tests.torch.gloo import Ranks
+from tests.torch.test_ranks_statistics import network, weights
+
+PAGE = Path(__file__).parents[2] / "docs" / "trainers.rst"
+EACH, STEPS = 3, 4
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    ranks = Ranks(2, tmp_path_factory.mktemp("two"))
+    yield ranks
+    ranks.end()
+
+
+def printed(section):
+    """Return the first program of a section."""
+    text = PAGE.read_text().split(f"\n{section}\n")[1]
+    block = re.findall(r"^\.\. code-block:: python\n\n((?:   .*\n|\n)+)", text, re.M)[0]
+    return textwrap.dedent(block)
+
+
+def data(count=300):
+    inputs = torch.randn(count, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    return inputs, inputs[:, :3].argmax(dim=1)
+
+
+def known(model, ranks):
+    """Return what the programs take from their surroundings; one rank has two ranks' sizes."""
+    exec(printed("=============="), names := {"cabs": cabs, "each": EACH, "ranks": 2})
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    controller = cabs.Controller(12, sizes=names["sizes"])
+    return {
+        "model": model,
+        "optimizer": optimizer,
+        "controller": controller,
+        "each": EACH,
+        "ranks": ranks,
+        "steps": STEPS,
+        "lr": 1.0,
+        "torch": torch,
+        "cabs_torch": cabs_torch,
+        **{one.__name__: one for one in (FSDPModule, cross_entropy, clip_grad_norm_, islice)},
+    }
+
+
+def a_loop_like_torchtitans(is_alone):
+    model, program = network(), printed("A loop like torchtitan's")
+    ranks, rank = (1, 0) if is_alone else (2, dist.get_rank())
+    if is_alone:
+        program = program.replace("model.set_requires_gradient_sync(is_last)", "pass")
+    else:
+        for layer in model:
+            if list(layer.parameters()):
+                fully_shard(layer)
+        fully_shard(model)
+    inputs, labels = data()
+    pieces = zip(inputs.split(EACH), labels.split(EACH), strict=True)
+    names = known(model, ranks) | {"batches": islice(pieces, rank, None, ranks)}
+    exec(program, names)
+    return names["controller"].state_dict(), names["statistics"].read(), weights(model)
+
+
+def test_a_loop_like_torchtitans_trains_as_one_process_does(two):
+    state, statistics, expected = a_loop_like_torchtitans(True)
+    assert state["state"]["batch_size"] != 12
+    for found in two.all(a_loop_like_torchtitans, False):
+        assert found[0]["state"]["batch_size"] == state["state"]["batch_size"]
+        assert found[1].variance_trace == pytest.approx(statistics.variance_trace)
+        assert found[1].loss == pytest.approx(statistics.loss)
+        torch.testing.assert_close(found[2], expected, rtol=1e-9, atol=1e-9)
+
+
+# A process of its own, since these libraries keep what they know of one in global state.
+ALONE = """
+import sys
+sys.path.insert(0, {root!r})
+from tests.torch import test_trainers_documentation as tests
+tests.{name}()
+"""
+
+
+def run_alone(name, tmp_path):
+    program = ALONE.format(root=str(PAGE.parents[1]), name=name)
+    env = {**os.environ, "ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=env, cwd=tmp_path, capture_output=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr.decode()
+
+
+def by_accelerate():
+    from accelerate import Accelerator
+
+    accelerator, model = Accelerator(cpu=True), network()
+    names = known(model, 1)
+    dataset = torch.utils.data.TensorDataset(*data())
+    loader = torch.utils.data.DataLoader(dataset, batch_size=EACH)
+    prepared = accelerator.prepare(model, names["optimizer"], loader)
+    names |= dict(zip(("model", "optimizer", "loader"), prepared, strict=True))
+    exec(printed("Hugging Face Accelerate"), names | {"accelerator": accelerator}, names)
+    _, statistics, expected = a_loop_like_torchtitans(True)
+    assert names["statistics"].read().variance_trace == pytest.approx(statistics.variance_trace)
+    torch.testing.assert_close(weights(model), expected)
+
+
+def test_accelerate_trains_as_a_loop_of_ones_own(tmp_path):
+    pytest.importorskip("accelerate")
+    run_alone("by_accelerate", tmp_path)
+
+
+class Model(nn.Module):
+    """A model as Trainer calls it."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = network()
+
+    def forward(self, inputs, labels):
+        return {"loss": cross_entropy(self.inner(inputs), labels)}
+
+
+def by_trainer():
+    from transformers import Trainer, TrainerCallback, TrainingArguments
+
+    names = known(Model(), 1) | {"folder": "runs"}
+    names |= {"TrainerCallback": TrainerCallback, "TrainingArguments": TrainingArguments}
+    names["others"] = {"max_steps": 2, "use_cpu": True, "report_to": [], "save_strategy": "no"}
+    names["others"] |= {"optim": "sgd", "learning_rate": 1.0, "lr_scheduler_type": "constant"}
+    exec(printed("Hugging Face Trainer"), names)
+    inputs, labels = data(24)
+    dataset = [{"inputs": x, "labels": y} for x, y in zip(inputs, labels, strict=True)]
+    measured, seen = names["Measured"](), []
+
+    def collate(rows):
+        seen.append(torch.stack([one["inputs"] for one in rows]))
+        return {name: torch.stack([one[name] for one in rows]) for name in ("inputs", "labels")}
+
+    trainer = Trainer(
+        names["model"],
+        names["arguments"],
+        train_dataset=dataset,
+        data_collator=collate,
+        callbacks=[measured],
+    )
+    trainer.train()
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    for step in (seen[:4], seen[4:]):
+        optimizer.zero_grad()
+        accumulation = cabs_torch.Accumulation(model.parameters(), batch_size=12)
+        for piece in step:
+            loss = cross_entropy(model(piece), piece[:, :3].argmax(dim=1))
+            accumulation.backward(loss, examples=3)
+        expected = accumulation.complete().read()
+        clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+    assert measured.statistics.read().variance_trace == pytest.approx(expected.variance_trace)
+    torch.testing.assert_close(weights(names["model"]), weights(model))
+
+
+def test_a_callback_of_trainer_measures(tmp_path):
+    pytest.importorskip("accelerate")
+    pytest.importorskip("transformers")
+    run_alone("by_trainer", tmp_path)
