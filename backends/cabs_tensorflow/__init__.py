@@ -7,6 +7,7 @@ from cabs.gradients.errors import UncoveredParameterError
 from cabs_tensorflow.data.dataset import dataset
 from cabs_tensorflow.data.loader import loader
 from cabs_tensorflow.keras.fitting import AdaptiveBatchSize, adaptive
+from cabs_tensorflow.replicas import apply, share_of
 from cabs_tensorflow.statistics import BatchStatistics, PartialStatistics
 from cabs_tensorflow.tape import GradientTape
 from cabs_tensorflow.verification import verify
@@ -18,7 +19,9 @@ __all__ = [
     "PartialStatistics",
     "UncoveredParameterError",
     "adaptive",
+    "apply",
     "dataset",
     "loader",
+    "share_of",
     "verify",
 ]

@@ -1,7 +1,8 @@
 """The tape that training loops of TensorFlow know, with statistics beside the gradients.
 
 Guarantees: gradients are those that ``tf.GradientTape`` gives of the mean loss, to the bit: they
-come out of one, and nothing of the function that was traced is changed.
+come out of one, and nothing of the function that was traced is changed. Over several replicas they
+are summed, which rounds once more.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from cabs_tensorflow.measure import Measurement
 from cabs_tensorflow.norms import reductions
 from cabs_tensorflow.norms.gradients import square_in, square_of
 from cabs_tensorflow.optimizers import metric_of, weights_of
-from cabs_tensorflow.replicas import check_alone
+from cabs_tensorflow.replicas import check_seen, summed
 from cabs_tensorflow.statistics import BatchStatistics
 
 # AutoGraph would look for loops over tensors here.
@@ -91,6 +92,7 @@ class GradientTape:
         sample: int | None = None,
         loss_scale: Any = None,
         optimizer: Any = None,
+        all_reduce: bool = False,
     ) -> tuple[Any, BatchStatistics]:
         r"""Return the gradients of the mean loss, and their statistics.
 
@@ -108,6 +110,11 @@ class GradientTape:
                 Nadam, RMSprop and Adagrad, built, where P is one over what the step divides by,
                 with this gradient in it. Or a function from a gradient and its variable to P, a
                 tensor in their shape.
+            all_reduce: In ``strategy.run`` on several replicas, take the mean over the examples of
+                all of them, whatever the sizes of their shares: where they are not known while
+                tracing, one may be empty. Every replica has the same gradients and statistics.
+                They are reduced: give them to :func:`cabs_tensorflow.apply`. All replicas must
+                call it. With one replica it says nothing.
 
         Returns:
             ``(gradients, statistics)``: gradients in the structure of ``sources``, as
@@ -118,14 +125,14 @@ class GradientTape:
             TypeError: If the losses are no tensor of real numbers, or the optimizer's step is not
                 known.
             ValueError: If the losses have not shape (m,), with m at least 2, belong to another
-                function, or depend on none of the sources; if ``sample`` is below 1; or in a
-                ``tf.distribute`` strategy of several replicas.
+                function, or depend on none of the sources; if ``sample`` is below 1; or on one of
+                several replicas of a ``tf.distribute`` strategy without ``all_reduce=True``.
             UncoveredParameterError: If the statistics of a variable cannot be computed exactly;
                 it names the variable and the operation.
         """
-        _check(losses, sample)
         flat = tf.nest.flatten(sources)
-        check_alone(flat)
+        is_shared = check_seen(flat, all_reduce=all_reduce)
+        _check(losses, sample)
         leaves = list({_key(leaf): leaf for leaf in flat}.values())
         seen = self._graph.get_operations()[self._before : self._until]
         recorded = frozenset(operation.name for operation in seen)
@@ -141,41 +148,55 @@ class GradientTape:
         found = self._tape.gradient(losses, [*flat, *measurement.targets], output_gradients=seed)
         gradients, cotangents = found[: len(flat)], found[len(flat) :]
         by_leaf = {_key(leaf): one for leaf, one in zip(flat, gradients, strict=True)}
-        given = [by_leaf[_key(leaf)] for leaf in leaves]
-        if all(one is None for one in given):
+        given = {key: one for key, one in by_leaf.items() if one is not None}
+        if not given:
             raise ValueError(
                 "losses must depend on at least one of the sources; were they computed inside of "
                 "the tape's with block, from these variables?"
             )
         metric, weights = None if optimizer is None else metric_of(optimizer), None
         if metric is not None:
-            weights = weights_of(metric, leaves, given, loss_scale)
+            if is_shared:
+                raise ValueError(
+                    "optimizer must not be given with all_reduce=True on several replicas, since P "
+                    "is made of the gradient that they have together; leave it out"
+                )
+            own = [given.get(_key(leaf)) for leaf in leaves]
+            weights = weights_of(metric, leaves, own, loss_scale)
         squares = measurement.square_sums(cotangents, weights)
         # What the tape does not watch, such as a variable that is not trainable, has no gradient.
         sums = [
             square
-            for square, gradient in zip(squares, given, strict=True)
-            if square is not None and gradient is not None
+            for square, leaf in zip(squares, leaves, strict=True)
+            if square is not None and _key(leaf) in given
         ]
-        dtype = reductions.sum_type([one for one in given if one is not None])
+        dtype = reductions.sum_type(list(given.values()))
         total = tf.add_n([tf.cast(one, dtype) for one in sums])
-        norm = square_of(given) if weights is None else square_in(weights, given, dtype)
-        gradient_norm_squared = tf.cast(norm, dtype)
-        count = tf.cast(examples, dtype)
-        # An example's gradient is m times its share of the mean's.
-        share = count**2 * (count / tf.cast(measurement.taken, dtype))
-        if loss_scale is not None:
-            scale = tf.cast(loss_scale, dtype) ** 2
-            share, gradient_norm_squared = share / scale, gradient_norm_squared / scale
+        count, taken = tf.cast(examples, dtype), tf.cast(measurement.taken, dtype)
+        # An example's gradient is m times its share of the mean's. Of none there is nothing.
+        share = count**2 * (count / tf.maximum(taken, 1))
+        scale = 1.0 if loss_scale is None else tf.cast(loss_scale, dtype) ** 2
+        total *= share / scale
+        mean_loss = tf.reduce_mean(reductions.wide(losses))
         estimated = examples - measurement.taken
-        statistics = BatchStatistics(
-            examples,
-            examples,
-            total * share,
-            gradient_norm_squared,
-            estimated,
-            tf.reduce_mean(reductions.wide(losses)),
-        )
+        if is_shared:
+            loss_sum = tf.cast(tf.reduce_sum(reductions.wide(losses)), dtype)
+            (count, taken, total, loss_sum), reduced = summed(
+                [taken, total, loss_sum], list(given.values()), examples
+            )
+            given = dict(zip(given, reduced, strict=True))
+            gradients = [given.get(_key(leaf)) for leaf in flat]
+            examples = tf.cast(count, tf.int32)
+            mean_loss, estimated = loss_sum / count, examples - tf.cast(taken, tf.int32)
+        if weights is None:
+            norm = square_of(list(given.values()))
+        else:
+            there = [weight for weight in weights if weight is not None]
+            norm = square_in(there, list(given.values()), dtype)
+        norm = tf.cast(norm, dtype) / scale
+        # In half precision the gradient can overflow where norms of examples do not.
+        total = tf.where(tf.math.is_finite(norm), total, norm)
+        statistics = BatchStatistics(examples, examples, total, norm, estimated, mean_loss)
         return tf.nest.pack_sequence_as(sources, gradients), statistics
 
 
@@ -199,6 +220,9 @@ def _check(losses: Any, sample: int | None) -> None:
         )
     size = losses.shape[0]
     if size is not None and size < 2:
-        raise ValueError(f"losses must be those of at least two examples, got {size}")
+        raise ValueError(
+            f"losses must be those of at least two examples, got {size}; where that is a replica's "
+            "share, leave its size open while tracing, with an input_signature"
+        )
     if sample is not None:
         as_integer(sample, "sample", 1)

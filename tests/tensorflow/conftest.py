@@ -24,3 +24,9 @@ def pytest_configure(config):
 @pytest.fixture(autouse=True)
 def _seeded():
     keras.utils.set_random_seed(0)
+
+
+@pytest.fixture(scope="session")
+def mirrored():
+    """Two replicas. Collectives of a second such strategy would meet those of the first."""
+    return tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])

@@ -22,6 +22,8 @@ SOURCES = frozenset(
     """.split()
 )
 """Operations that bring data into a function."""
+SHARE = "_cabs_share"
+"""An attribute of operations whose results are a replica's data, however they were cut out."""
 
 
 class Sizes:
@@ -114,12 +116,17 @@ def _evaluated(tensor: Any) -> Any:
     return try_evaluate_constant(tensor) if value is None else value
 
 
+def is_source(operation: Any) -> bool:
+    """Return whether an operation brings data into a function."""
+    return operation.type in SOURCES or SHARE in operation.node_def.attr
+
+
 def _unknown_axes(graph: Any) -> set[int]:
     """Return along which axes something comes into a graph whose size is not known."""
     return {
         axis
         for operation in graph.get_operations()
-        if operation.type in SOURCES
+        if is_source(operation)
         for output in operation.outputs
         for axis, size in enumerate(output.shape if output.shape.rank is not None else [None] * 2)
         if size is None
@@ -160,7 +167,7 @@ def _with_sizes(
     copy, given, shapes = tf.Graph(), {}, {}
     with copy.as_default():
         for operation in graph.get_operations():
-            if operation.type not in (*SOURCES, "ReadVariableOp"):
+            if not is_source(operation) and operation.type != "ReadVariableOp":
                 continue
             for output in operation.outputs:
                 if output.name in handles:

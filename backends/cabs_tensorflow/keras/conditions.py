@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import keras
+import tensorflow as tf
 
 MEANS = ("sum_over_batch_size", "mean")
 """Reductions that are the mean over all values."""
@@ -34,12 +35,12 @@ def is_overridden(model: Any, name: str) -> bool:
     return found is not inspect.getattr_static(keras.Model, name)
 
 
-def check_compiled(model: Any, *, is_grouped: bool) -> None:
+def check_compiled(model: Any, microbatches: int | None) -> None:
     """Raise ValueError for a model whose steps could not be measured, and say what to do.
 
     Args:
         model: A compiled model.
-        is_grouped: Whether the variance is that between microbatches.
+        microbatches: Between how many of them the variance is taken, None for that of examples.
     """
     if model.run_eagerly or model.steps_per_execution != 1:
         raise ValueError(
@@ -47,18 +48,39 @@ def check_compiled(model: Any, *, is_grouped: bool) -> None:
             f"run_eagerly={model.run_eagerly}, steps_per_execution={model.steps_per_execution}; "
             "compile the model without both"
         )
-    if model.distribute_strategy.num_replicas_in_sync > 1:
-        raise ValueError(
-            "fit measures on one replica, got a strategy of "
-            f"{model.distribute_strategy.num_replicas_in_sync}; write the loop, with "
-            "cabs_tensorflow.PartialStatistics for each replica's share"
-        )
+    _check_strategy(model, microbatches)
     _check_accumulation(model.optimizer)
     if is_overridden(model, "compute_loss"):
-        if not is_grouped:
+        if microbatches is None:
             _say_what_to_override(model)
-    elif is_grouped:
+    elif microbatches is not None:
         _check_reductions(model)
+
+
+def _check_strategy(model: Any, microbatches: int | None) -> None:
+    """Raise ValueError for replicas that are not given shares of the same batch."""
+    strategy = model.distribute_strategy
+    replicas = strategy.num_replicas_in_sync
+    if replicas == 1:
+        return
+    known = tf.distribute.MirroredStrategy, tf.distribute.MultiWorkerMirroredStrategy
+    if not isinstance(strategy, known):
+        raise ValueError(
+            "fit knows the replicas of tf.distribute.MirroredStrategy and "
+            f"MultiWorkerMirroredStrategy, got a {type(strategy).__name__} of {replicas}; write "
+            "the loop, with cabs_tensorflow.GradientTape and all_reduce=True"
+        )
+    if model.distribute_strategy is not getattr(model, "_distribute_strategy", None):
+        raise ValueError(
+            f"model {model.name!r} must be created in the scope of the strategy that fit runs in, "
+            f"got a {type(strategy).__name__} around fit; create it, and compile it, with "
+            "strategy.scope()"
+        )
+    if microbatches is not None and microbatches % replicas:
+        raise ValueError(
+            f"microbatches must be a multiple of the number of replicas, {replicas}, each of which "
+            f"takes as many of them, got {microbatches}"
+        )
 
 
 def _check_accumulation(optimizer: Any) -> None:

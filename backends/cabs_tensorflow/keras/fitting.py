@@ -23,6 +23,7 @@ from cabs_tensorflow.keras.conditions import check_compiled, is_overridden
 from cabs_tensorflow.keras.epochs import run_epochs, with_class_weights
 from cabs_tensorflow.keras.losses import compiled_losses
 from cabs_tensorflow.keras.steps import measure, measure_microbatches
+from cabs_tensorflow.replicas import apply, share_of
 
 if TYPE_CHECKING:
     from keras import Model as _Model
@@ -147,7 +148,8 @@ class AdaptiveBatchSize(_Model):
             microbatches: Split each batch into so many, and take the variance from their
                 mean gradients: less precise, and possible for any model, with batch normalization
                 and recurrent layers too. Layers then see microbatches. A batch of fewer than two
-                examples for each is split into fewer, at least two.
+                examples for each is split into fewer, at least two. Several replicas take as many
+                of them each.
 
         Raises:
             TypeError: If an argument is of the wrong kind.
@@ -224,7 +226,9 @@ class AdaptiveBatchSize(_Model):
             ValueError: As Keras, or ``compute_losses``, does.
         """
         if is_overridden(self, "compute_losses"):
-            return tf.reduce_mean(self.compute_losses(x, y, y_pred, sample_weight))
+            # Keras adds up what replicas return.
+            replicas = tf.distribute.get_strategy().num_replicas_in_sync
+            return tf.reduce_mean(self.compute_losses(x, y, y_pred, sample_weight)) / replicas
         inner = super().compute_loss
         # Overridden since before Keras had the argument.
         more = {"training": training} if "training" in inspect.signature(inner).parameters else {}
@@ -232,14 +236,14 @@ class AdaptiveBatchSize(_Model):
 
     def train_step(self, data: Any) -> dict[str, Any]:
         """Take one step, in a function that is traced for all sizes of batches at once."""
-        x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
+        x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(share_of(data))
         if self._microbatches is None:
             measured = measure(self, x, y, sample_weight, self._sample)
         else:
             measured = measure_microbatches(self, x, y, sample_weight, self._microbatches)
         # Read before the step moves a schedule on.
         rate = tf.convert_to_tensor(self.optimizer.learning_rate)
-        self.optimizer.apply(measured.gradients, self.trainable_variables)
+        apply(self.optimizer, measured.gradients, self.trainable_variables)
         return {**measured.logs, _MEASURED: (measured.statistics, measured.loss, rate)}
 
     def make_train_function(self, force: bool = False) -> Any:
@@ -255,9 +259,20 @@ class AdaptiveBatchSize(_Model):
             raise ValueError(
                 f"model {self.name!r} has no controller; call follow(controller) before fit"
             )
-        check_compiled(self, is_grouped=self._microbatches is not None)
+        check_compiled(self, self._microbatches)
+        strategy = self.distribute_strategy
+
+        def of_replicas(data: Any) -> dict[str, Any]:
+            first = strategy.experimental_local_results(strategy.run(self.train_step, (data,)))[0]
+            with strategy.scope():
+                # What each replica has counted, added up.
+                return {**first, **self.get_metrics_result()}
+
         compiled = tf.function(
-            self.train_step, autograph=False, reduce_retracing=True, jit_compile=self.jit_compile
+            self.train_step if strategy.num_replicas_in_sync == 1 else of_replicas,
+            autograph=False,
+            reduce_retracing=True,
+            jit_compile=self.jit_compile,
         )
 
         # An optional has the spec of its dataset, from which a step is traced once. If the step
@@ -344,11 +359,16 @@ class AdaptiveBatchSize(_Model):
             raise ValueError(f"model {self.name!r} is not compiled; call compile() before fit()")
         self.make_train_function()
         assert self._feed is not None
+        batches = x if class_weight is None else with_class_weights(x, class_weight)
+        if self.distribute_strategy.num_replicas_in_sync > 1:
+            # A replica cannot make variables.
+            with self.distribute_strategy.scope():
+                self._symbolic_build(data_batch=batches.element_spec)
         self._feed.drawn = drawn
         try:
             return run_epochs(
                 self,
-                x if class_weight is None else with_class_weights(x, class_weight),
+                batches,
                 epochs=range(initial_epoch, epochs),
                 steps_per_epoch=steps_per_epoch,
                 verbose=verbose,

@@ -15,6 +15,7 @@ import keras
 import tensorflow as tf
 
 from cabs_tensorflow.keras.conditions import MEANS
+from cabs_tensorflow.replicas import mean_of_all
 
 
 class _Term(NamedTuple):
@@ -128,7 +129,7 @@ def _of_examples(term: _Term, share: Any) -> Any:
     weights = None
     if mask is not None:
         weights = tf.cast(mask, values.dtype)
-        share = _unmasked(mask) if share is None else share
+        share = mean_of_all(tf.cast(mask, tf.float64)) if share is None else share
     if term.sample_weight is not None:
         given = tf.cast(term.sample_weight, values.dtype)
         weights = given if weights is None else _product(weights, given, "mask")

@@ -15,6 +15,7 @@ import tensorflow as tf
 from cabs.gradients.errors import UncoveredParameterError
 from cabs_tensorflow.keras.conditions import check_masks, check_unchanged, is_overridden
 from cabs_tensorflow.keras.losses import compiled_losses, may_be_masked, unmasked_shares
+from cabs_tensorflow.replicas import replica_here, summed
 from cabs_tensorflow.statistics import BatchStatistics, PartialStatistics
 from cabs_tensorflow.tape import GradientTape
 
@@ -41,6 +42,7 @@ def measure(model: Any, x: Any, y: Any, sample_weight: Any, sample: int | None) 
             model.trainable_variables,
             sample=sample,
             loss_scale=model.optimizer.scale_loss(1.0),
+            all_reduce=True,
         )
     except UncoveredParameterError as error:
         error.add_note(
@@ -51,6 +53,8 @@ def measure(model: Any, x: Any, y: Any, sample_weight: Any, sample: int | None) 
     if not is_overridden(model, "compute_losses"):
         # The same number; and the metrics of several outputs, which Keras updates on the way.
         loss = model.compute_loss(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight)
+    if replica_here()[1] > 1:
+        loss = tf.cast(statistics.loss, loss.dtype)
     logs = _record(model, loss, x, y, y_pred, sample_weight)
     return Measured(gradients, statistics, loss, logs)
 
@@ -61,10 +65,14 @@ def measure_microbatches(
     """Return what a step finds with ``microbatches`` of them, whose sizes differ by one at most.
 
     There are fewer for a batch of fewer than two examples for each: as many as have two, and two if
-    there are two examples, since one group shows no variance.
+    there are two examples, since one group shows no variance. Several replicas share them.
     """
+    replicas = replica_here()[1]
+    microbatches //= replicas
     examples = _examples(x)
     used = tf.minimum(tf.maximum(examples // 2, tf.minimum(examples, 2)), microbatches)
+    if replicas > 1:
+        used = tf.maximum(used, 1)
     scale = model.optimizer.scale_loss(1.0)
     unmasked = _unmasked_shares(model, x, y)
 
@@ -76,7 +84,8 @@ def measure_microbatches(
         )
         loss, gradients = _group(model, my_x, my_y, my_weight, unmasked)
         part = PartialStatistics.of_group(stop - start, _times(1 / scale, gradients))
-        return [part, *_times((stop - start) / examples, [loss, *gradients])]
+        weight = (stop - start) / (examples if replicas == 1 else tf.maximum(examples, 1))
+        return [part, *_times(weight, [loss, *gradients])]
 
     # The first microbatch shows which gradients there are.
     first = share(0)
@@ -91,8 +100,24 @@ def measure_microbatches(
         )
         total = tf.nest.map_structure(tf.add, total, more, expand_composites=True)
     part, loss, *gradients = (total.pop(0) if one else None for one in there)
+    if replicas > 1:
+        part, loss, gradients = _of_all(part, loss, gradients)
     statistics = part.complete(_times(1 / scale, gradients), loss=loss)  # type: ignore[union-attr]
     return Measured(gradients, statistics, loss, model.get_metrics_result())
+
+
+def _of_all(part: Any, loss: Any, gradients: list[Any]) -> tuple[Any, Any, list[Any]]:
+    """Return the part of all replicas, and the means over all examples, from those of one."""
+    # An empty share is no group.
+    numbers = [tf.minimum(part.groups, part.examples), part.group_square_sum]
+    numbers.append(tf.cast(loss, part.dtype) * tf.cast(part.examples, part.dtype))
+    there = [one for one in gradients if one is not None]
+    (examples, groups, squares, loss_sum), reduced = summed(
+        [tf.cast(one, part.dtype) for one in numbers], there, part.examples
+    )
+    whole = PartialStatistics(tf.cast(examples, tf.int32), tf.cast(groups, tf.int32), squares)
+    means = iter(reduced)
+    return whole, loss_sum / examples, [None if one is None else next(means) for one in gradients]
 
 
 def _unmasked_shares(model: Any, x: Any, y: Any) -> list[Any] | None:
@@ -130,7 +155,14 @@ def _unmasked_shares(model: Any, x: Any, y: Any) -> list[Any] | None:
         return None
     shares, traced = shares_in(training=False)
     check_unchanged(traced.graph)
-    return list(shares(x, y))
+    found = shares(x, y)
+    if replica_here()[1] == 1:
+        return list(found)
+    count = tf.cast(_examples(x), tf.float64)
+    # Nothing is known of an empty share.
+    own = [tf.math.multiply_no_nan(one, count) for one in found]
+    (total, *sums), _ = summed(own, [], count)
+    return [one / total for one in sums]
 
 
 def _group(
@@ -139,7 +171,10 @@ def _group(
     """Return the mean loss of a microbatch, and its gradients, scaled."""
     with tf.GradientTape() as tape:
         y_pred = model(x, training=True)
-        loss = model.compute_loss(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight)
+        # Keras adds up what replicas return.
+        loss = replica_here()[1] * model.compute_loss(
+            x=x, y=y, y_pred=y_pred, sample_weight=sample_weight
+        )
         if unmasked is not None:
             losses = compiled_losses(model, y, y_pred, sample_weight, unmasked)
             more = [tf.cast(tf.reduce_sum(one), losses.dtype) for one in model.losses]

@@ -61,7 +61,7 @@ def in_chunks(function: Callable[..., Any], tensors: Sequence[Any], needed: int)
         return function(*tensors)
     count = tf.shape(tensors[0])[0]
     # No more chunks than there have to be, and none that is much smaller than the others.
-    size = -(-examples // -(-examples // size)) if examples else tf.minimum(size, count)
+    size = -(-examples // -(-examples // size)) if examples else tf.clip_by_value(count, 1, size)
     whole = count // size
 
     def add(index: Any, total: Any) -> Any:

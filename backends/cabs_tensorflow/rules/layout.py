@@ -47,14 +47,15 @@ class Batch:
             return tf.expand_dims(self._first(tensor), 1)
         sizes = sizes_of(tensor)
         before, after = sizes[:axis], sizes[axis + 1 :]
-        outward: Any = 1 if inside == 1 else self.known(inside)
-        inward: Any = 1 if rest == 1 else self.known(rest)
-        if inside == 1:
-            inward = sizes[axis] // self.examples
-        elif rest == 1:
-            outward = sizes[axis] // self.examples
-        elif outward is None or inward is None:
+        outward: Any = self.known(inside)
+        inward: Any = self.known(rest)
+        if outward is None and inward is None:
             raise MixedError("has an axis of examples whose parts have sizes that are not known")
+        # A replica may have no example.
+        if inward is None:
+            inward = sizes[axis] // tf.maximum(self.examples * outward, 1)
+        elif outward is None:
+            outward = sizes[axis] // tf.maximum(self.examples * inward, 1)
         if axis == 0 and inside == 1:
             return self._first(tf.reshape(tensor, [self.examples, inward, *after]))
         split = tf.reshape(tensor, [*before, outward, self.examples, inward, *after])

@@ -17,7 +17,7 @@ import tensorflow as tf
 from cabs.gradients.layout import MixedError, Shape
 from cabs.gradients.terms import Materialized, Product, Term
 from cabs_tensorflow.graph.program import CALLS, Program, ancestors, copied
-from cabs_tensorflow.graph.symbolic_shapes import SOURCES, Sizes
+from cabs_tensorflow.graph.symbolic_shapes import Sizes, is_source
 from cabs_tensorflow.norms.reductions import sizes_of
 from cabs_tensorflow.rules import batch_axis
 from cabs_tensorflow.rules.layout import Batch
@@ -106,7 +106,7 @@ class Shared:
         if known is None:
             behind = ancestors([tensor], lambda one: one.op.type in _ASKING)
             known = self._is_data[tensor.name] = any(
-                operation.type in SOURCES and not self._sizes.is_constant(output)
+                is_source(operation) and not self._sizes.is_constant(output)
                 for operation in behind
                 for output in operation.outputs
             )
