@@ -428,8 +428,12 @@ def _explored(
     known = clock.cost is not None
     if is_adaptive and not known:
         size = max(size, configuration.batch_size)
+    larger = sizes.nearest(max(4.0 * raw, (4.0 if known or is_adaptive else 16.0) * size))
     if clock.tries_larger:
-        size = sizes.nearest(max(4.0 * raw, (4.0 if known or is_adaptive else 16.0) * size))
+        size = larger
+    elif size == larger:
+        # The largest size leaves smaller ones alone.
+        size = sizes.nearest(0.25 * size)
     if configuration.max_growth is not None and size > current:
         size = min(size, sizes.limit_growth(current, configuration.max_growth))
     return size, Reason.EXPLORING

@@ -241,5 +241,18 @@ def test_under_adam_nothing_smaller_than_asked_for_is_tried():
             seconds=EACH * (1024.0 + controller.batch_size),
         )
         if decision.reason.value == "exploring":
-            assert decision.batch_size >= min(SIZES.nearest(decision.raw), 4096)
+            assert decision.batch_size >= min(decision.raw, 1024.0) - 1
+    assert controller.step_cost.overhead == pytest.approx(1024.0, rel=1e-3)
+
+
+@pytest.mark.parametrize("adaptive", [True, False])
+def test_where_more_is_asked_for_than_the_largest_size_smaller_ones_are_tried(adaptive):
+    sizes = BatchSizes.range(16, 128)
+    controller = Controller(sizes=sizes, rule=Progress(adaptive=adaptive))
+    square = {"expected_gradient_norm_squared": 5.0} if adaptive else {}
+    for _ in range(40):
+        seconds = EACH * (1024.0 + controller.batch_size)
+        controller.update(
+            learning_rate=1.0, variance_trace=1e6, loss=1.0, seconds=seconds, **square
+        )
     assert controller.step_cost.overhead == pytest.approx(1024.0, rel=1e-3)

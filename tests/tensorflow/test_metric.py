@@ -7,7 +7,7 @@ import tensorflow as tf
 
 import cabs_tensorflow
 import cabs_tensorflow.optimizers
-from cabs import Controller, Progress
+from cabs import BatchSizes, Controller, Progress
 
 M = 5
 
@@ -183,3 +183,20 @@ def test_what_is_not_known_is_refused():
         step(keras.optimizers.Adam())
     with pytest.raises(ValueError, match="P in the shape of the gradient"):
         step(lambda gradient, _: gradient[:1])
+
+
+@pytest.mark.parametrize("rule", [Progress(adaptive=True), Progress(overhead=64)])
+def test_fit_follows_the_rule_for_the_least_time(rule):
+    random = np.random.default_rng(0)
+    inputs = random.standard_normal((512, 10)).astype(np.float32)
+    labels = inputs[:, :3].argmax(axis=1)
+    layers = [keras.layers.Dense(16, activation="tanh"), keras.layers.Dense(3)]
+    controller = Controller(sizes=BatchSizes.range(16, 128), rule=rule)
+    model = cabs_tensorflow.adaptive(keras.Sequential(layers), controller)
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(optimizer=keras.optimizers.Adam(1e-2), loss=loss)
+    batches = cabs_tensorflow.dataset(controller, (inputs, labels), seed=0)
+    history = model.fit(batches, epochs=6, verbose=0)
+    assert controller.held_steps == 0
+    assert history.history["loss"][-1] < history.history["loss"][0]
+    assert (controller.step_cost is not None) == (rule.overhead is None)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import keras
 import tensorflow as tf
 
-from cabs import Controller, RunLog
+from cabs import Controller, RunLog, Stopwatch
 from cabs.control import DebiasedAverage, Decision, noise_scale_rule
 from cabs.values.scalars import as_integer
 from cabs_tensorflow.data.drawn import Drawn, drawn_by
@@ -238,7 +238,8 @@ class AdaptiveBatchSize(_Model):
         """Take one step, in a function that is traced for all sizes of batches at once."""
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(share_of(data))
         if self._microbatches is None:
-            measured = measure(self, x, y, sample_weight, self._sample)
+            in_metric = self._feed is not None and self._feed.in_metric
+            measured = measure(self, x, y, sample_weight, self._sample, in_metric=in_metric)
         else:
             measured = measure_microbatches(self, x, y, sample_weight, self._microbatches)
         # Read before the step moves a schedule on.
@@ -389,6 +390,10 @@ class _Feed:
         self.drawn: Drawn | None = None
         """Where batches come from, while that is known."""
         self._controller, self._log = controller, log
+        rule = controller.configuration.rule
+        self.in_metric = getattr(rule, "adaptive", False)
+        """Whether the rule takes norms in the metric of the optimizer's step."""
+        self._watch = Stopwatch() if rule.needs_clock else None
         smoothing = controller.configuration.smoothing
         self._trace, self._square = DebiasedAverage(smoothing), DebiasedAverage(smoothing)
 
@@ -397,7 +402,7 @@ class _Feed:
         found = statistics.read()
         trace, square = found.variance_trace, found.expected_gradient_norm_squared
         self.decision = self._controller.update(
-            learning_rate=learning_rate, variance_trace=trace, loss=float(loss)
+            found, learning_rate=learning_rate, loss=float(loss), seconds=self._watch
         )
         if self._log is not None:
             self._log.write(self.decision, examples=found.examples)

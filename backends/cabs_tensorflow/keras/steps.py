@@ -31,11 +31,17 @@ class Measured(NamedTuple):
     logs: dict[str, Any]
 
 
-def measure(model: Any, x: Any, y: Any, sample_weight: Any, sample: int | None) -> Measured:
+def measure(
+    model: Any, x: Any, y: Any, sample_weight: Any, sample: int | None, *, in_metric: bool
+) -> Measured:
     """Return what a step finds with the statistics of single examples."""
     with GradientTape() as tape:
         y_pred = model(x, training=True)
         losses = model.compute_losses(x, y, y_pred, sample_weight)
+    if in_metric and not model.optimizer.built:
+        # Keras builds it with the first step, which P is needed for already.
+        with tf.init_scope():
+            model.optimizer.build(model.trainable_variables)
     try:
         gradients, statistics = tape.gradient(
             losses,
@@ -43,6 +49,7 @@ def measure(model: Any, x: Any, y: Any, sample_weight: Any, sample: int | None) 
             sample=sample,
             loss_scale=model.optimizer.scale_loss(1.0),
             all_reduce=True,
+            optimizer=model.optimizer if in_metric else None,
         )
     except UncoveredParameterError as error:
         error.add_note(
