@@ -11,7 +11,6 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import cabs_torch
-from tests.torch.gloo import Ranks
 from tests.torch.models import cross_entropy
 from tests.torch.test_ranks_statistics import (
     ENGINES,
@@ -27,20 +26,6 @@ from tests.torch.test_ranks_statistics import (
 
 # Microbatches of each of two ranks.
 K = 3
-
-
-@pytest.fixture(scope="module")
-def two(tmp_path_factory):
-    ranks = Ranks(2, tmp_path_factory.mktemp("two"))
-    yield ranks
-    ranks.end()
-
-
-@pytest.fixture(scope="module")
-def four(tmp_path_factory):
-    ranks = Ranks(4, tmp_path_factory.mktemp("four"))
-    yield ranks
-    ranks.end()
 
 
 def expected(count, dtype=torch.float64):

@@ -20,20 +20,6 @@ from tests.torch.test_ranks_statistics import M, gradients, losses_of, network, 
 PATIENCE = 2.0
 
 
-@pytest.fixture(scope="module")
-def two(tmp_path_factory):
-    ranks = Ranks(2, tmp_path_factory.mktemp("two"))
-    yield ranks
-    ranks.end()
-
-
-@pytest.fixture(scope="module")
-def three(tmp_path_factory):
-    ranks = Ranks(3, tmp_path_factory.mktemp("three"))
-    yield ranks
-    ranks.end()
-
-
 @pytest.fixture
 def two_for_once(tmp_path):
     ranks = Ranks(2, tmp_path, timeout=PATIENCE)

@@ -14,24 +14,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import cabs_torch
-from tests.torch.gloo import Ranks
 from tests.torch.models import cross_entropy
 
 M = 24
-
-
-@pytest.fixture(scope="module")
-def two(tmp_path_factory):
-    ranks = Ranks(2, tmp_path_factory.mktemp("two"))
-    yield ranks
-    ranks.end()
-
-
-@pytest.fixture(scope="module")
-def four(tmp_path_factory):
-    ranks = Ranks(4, tmp_path_factory.mktemp("four"))
-    yield ranks
-    ranks.end()
 
 
 def network(dtype=torch.float64):
