@@ -192,5 +192,4 @@ def study(session: nox.Session) -> None:
     for script, options in (("study", ("--jobs", "2")), ("convex", ()), ("seconds", ())):
         command = ("python", f"examples/paper/{script}.py", "--data-dir", data, "--out", results)
         session.run(*command, *options)
-    for script in ("report", "seconds_report"):
-        session.run("python", f"examples/paper/{script}.py", results)
+    session.run("python", "examples/paper/report.py", results)

@@ -91,7 +91,7 @@ def main() -> None:
                     learning_rate=options.learning_rate,
                     variance_trace=step.variance_trace,
                     loss=step.loss,
-                    seconds=watch if ranks == 1 else None,
+                    seconds=watch if options.rule == "progress" else None,
                 )
                 # Below 1 only where the rule asks for more than the largest batch.
                 rate = options.learning_rate * decision.learning_rate_factor

@@ -125,8 +125,9 @@ class GradientTape:
             TypeError: If the losses are no tensor of real numbers, or the optimizer's step is not
                 known.
             ValueError: If the losses have not shape (m,), with m at least 2, belong to another
-                function, or depend on none of the sources; if ``sample`` is below 1; or on one of
-                several replicas of a ``tf.distribute`` strategy without ``all_reduce=True``.
+                function, or depend on none of the sources; if ``sample`` is below 1; on one of
+                several replicas of a ``tf.distribute`` strategy without ``all_reduce=True``, or
+                with it and an optimizer; or if the optimizer is not built.
             UncoveredParameterError: If the statistics of a variable cannot be computed exactly;
                 it names the variable and the operation.
         """

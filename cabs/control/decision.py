@@ -155,10 +155,11 @@ class Decision(NamedTuple):
     reason: Reason
     """Why this size."""
     learning_rate_factor: float
-    """Multiply the learning rate by this to keep lr * trace / size where the rule wants it.
+    """Multiply the learning rate by this, and the rule asks for the size chosen.
 
-    Chosen size over raw value where the rule asks for more than the largest size, 1 elsewhere; a
-    held decision keeps the last. Go on reporting the learning rate without it.
+    Below 1 where it asks for more than the largest size, and its value depends on the rate: chosen
+    size over raw value for the paper's. A held decision keeps the last. Go on reporting the
+    learning rate without it.
     """
     observation: Observation
     """What was decided upon."""
@@ -218,7 +219,8 @@ def decide(
     if rule.needs_curve and math.isfinite(loss):
         curve = extended(curve, loss)
     batch_size, factor, clock = state.batch_size, state.learning_rate_factor, state.clock
-    if rule.needs_clock and seconds is not None and examples is not None:  # both or none
+    # Of steps that measure, where some do not: these take less time. Seconds have examples.
+    if rule.needs_clock and traces is not None and seconds is not None and examples is not None:
         clock = timed(clock, examples, seconds)
     overhead = clock.cost.overhead if clock.cost else 0.0
     if configuration.single_precision:
@@ -241,7 +243,9 @@ def decide(
         else:
             batch_size, reason = _choose(configuration, batch_size, raw)
         is_capped = raw > configuration.sizes.maximum
-        factor = rule.rate_factor(batch_size, raw, overhead) if is_capped else 1.0
+        # What is tried for the clock is no reason to change the rate.
+        chosen = configuration.sizes.maximum if reason is Reason.EXPLORING else batch_size
+        factor = rule.rate_factor(chosen, raw, overhead) if is_capped else 1.0
         # Rounding is not to make it more than one, or nothing.
         factor = min(max(factor, sys.float_info.min), 1.0)
     measured = traces is not None and averages is not state.averages
@@ -420,7 +424,8 @@ def _explored(
 ) -> tuple[int, Reason]:
     """Return half of what is asked for, or four times as much, in turn.
 
-    For Adam, in whose second moment the noise of small batches stays, nothing smaller than asked.
+    For Adam, in whose second moment the noise of small batches stays, nothing smaller than asked,
+    but for a quarter of the largest size where more than that is asked for.
     """
     sizes, is_adaptive = configuration.sizes, getattr(configuration.rule, "adaptive", False)
     size = sizes.nearest(raw if is_adaptive else 0.5 * raw)

@@ -30,8 +30,8 @@ class Progress:
         overhead: :math:`h`, from the time of a step, :math:`c (h + m)`: how many examples take as
             long as the part of a step that does not depend on their number. None measures it:
             give :meth:`cabs.Controller.update` a :class:`cabs.Stopwatch`, or seconds. Sizes are
-            then varied in the first 16 to 96 steps, three at a time, between half of what is asked
-            for and four times as much.
+            then varied in the first 16 to 96 steps that are timed, three at a time, between half of
+            what is asked for and four times as much; at first up to 16 times the smallest size.
         loss_floor: :math:`F_*`, if it is known. It is not needed.
         adaptive: Whether the optimizer divides by the root of a second moment that the batch is in,
             as Adam does. Then variance and gradient are those in the metric of its step,
@@ -118,13 +118,13 @@ class Progress:
             return None
         traces = averages.variance_trace
         noise = coupled(rates, traces, 2.0 * falls)
-        if not noise > 0.0:
+        if not noise >= 0.0:
             return noise
         grown = 0.0
         if self.adaptive:
             # The second moment holds noise too, which a larger batch takes out of it.
             trace, square = sum(traces), max(averages.gradient_square, 0.0)
-            grown = trace / (trace + 2.0 * known.batch_size * square)
+            grown = trace / (trace + 2.0 * known.batch_size * square) if trace > 0.0 else 0.0
         if self.seconds is not None:
             return _least(self.seconds, noise, grown)
         overhead = self._overhead(known.overhead)
@@ -132,7 +132,13 @@ class Progress:
         return half + math.hypot(half, math.sqrt(noise) * math.sqrt(overhead))
 
     def rate_factor(self, size: int, asked: float, overhead: float) -> float:
-        """Return the factor for which the rule asks for the size, the decrease being the same."""
+        """Return the factor for which the rule asks for the size, the decrease being the same.
+
+        1 for Adam, whose noise in the second moment asks for a large batch at any rate, and for a
+        table of seconds.
+        """
+        if self.adaptive or self.seconds is not None:
+            return 1.0
         overhead = self._overhead(overhead)
         return (size / asked) * (size / (overhead + size)) * (1.0 + overhead / asked)
 

@@ -116,6 +116,11 @@ def carry_over(before: Configuration, state: State, after: Configuration) -> Sta
             "change within a run"
         )
     averages, curve, rule = state.averages, state.curve, after.rule
+    if getattr(before.rule, "adaptive", False) != getattr(rule, "adaptive", False):
+        # Norms in another metric, which mean nothing here.
+        averages = averages._replace(
+            variance_trace=(), variance_weight=0.0, gradient_square=0.0, gradient_weight=0.0
+        )
     if not rule.needs_curve:
         curve = ()
     clock = state.clock if rule.needs_clock else Clock()
@@ -154,30 +159,45 @@ def _is_curve(value: Any) -> bool:
 
 def _read_clock(values: dict[str, Any]) -> Clock:
     """Return the clock; ValueError if it is none."""
-    try:
-        timings = tuple(map(_read_timings, values["timings"]))
-        cost = None if values["cost"] is None else StepCost(*map(float, values["cost"]))
-        recent, steps, explores = (
-            _read_timings(values["recent"]),
-            values["steps"],
-            values["explores"],
-        )
-        is_sound = _is_count(steps) and type(explores) is bool and all(timings)
-        if cost is not None:
-            is_sound = is_sound and all(map(_is_weight, cost)) and cost.per_example > 0.0
-    except (TypeError, ValueError):
-        is_sound = False
+    timings, recent, cost = values["timings"], values["recent"], values["cost"]
+    is_sound = (
+        isinstance(timings, list)
+        and all(one and _is_timings(one) for one in timings)
+        and _is_timings(recent)
+        and _is_count(values["steps"])
+        and type(values["explores"]) is bool
+        and (cost is None or _is_cost(cost))
+    )
     if not is_sound:
         raise ValueError(f"it has clock = {values!r}")
-    return Clock(timings, recent, steps, cost, explores)
+    return Clock(
+        tuple(map(_timings, timings)),
+        _timings(recent),
+        values["steps"],
+        None if cost is None else StepCost(*map(float, cost)),
+        values["explores"],
+    )
 
 
-def _read_timings(values: Any) -> tuple[tuple[int, float], ...]:
-    """Return timings; ValueError or TypeError for what is none."""
-    timings = tuple((examples, float(seconds)) for examples, seconds in values)
-    if not all(_is_count(m) and m > 0 and SHORTEST <= t <= LONGEST for m, t in timings):
-        raise ValueError(values)
-    return timings
+def _is_timings(values: Any) -> bool:
+    return isinstance(values, list) and all(
+        isinstance(one, list)
+        and len(one) == 2
+        and _is_count(one[0])
+        and one[0] > 0
+        and _is_finite(one[1])
+        and SHORTEST <= one[1] <= LONGEST
+        for one in values
+    )
+
+
+def _timings(values: list[list[Any]]) -> tuple[tuple[int, float], ...]:
+    return tuple((examples, float(seconds)) for examples, seconds in values)
+
+
+def _is_cost(values: Any) -> bool:
+    is_whole = isinstance(values, list) and len(values) == len(StepCost._fields)
+    return is_whole and all(map(_is_weight, values)) and values[1] > 0.0
 
 
 # What each value of a state must be.

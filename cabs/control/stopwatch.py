@@ -61,11 +61,12 @@ class Stopwatch:
     @contextmanager
     def left_out(self) -> Iterator[None]:
         """Leave out what is done inside: evaluation, a checkpoint, a figure."""
-        start = self._clock()
+        start, before = self._clock(), self._left_out
         try:
             yield
         finally:
-            self._left_out += self._clock() - start
+            # What is left out inside of this is left out once.
+            self._left_out = before + self._clock() - start
 
     def loading(self, batches: Iterable[_Batch]) -> Iterator[_Batch]:
         """Yield the batches, and count in :attr:`loaded` the seconds that they took to come."""

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import convex_report
+import seconds_report
 from figures import draw_comparison, draw_summary, draw_variants
 from pages import spread, table
 from results import Runs, best_of, by_rate, median_loss, number, recipes_of, runs_of
@@ -142,8 +143,8 @@ def variants(runs: Runs) -> str:
 def write(folder: Path) -> None:
     """Write what there is to say of the runs in a folder, into the same folder."""
     for path in sorted(folder.glob("*.jsonl")):
-        if path.stem == "convex":
-            convex_report.write(folder)
+        if path.stem in ("convex", "seconds"):
+            {"convex": convex_report, "seconds": seconds_report}[path.stem].write(folder)
             continue
         found = runs_of(path)
         if path.stem == FIRST:

@@ -142,9 +142,8 @@ def rows_of(network: str, optimizer: str, cells: Judged) -> Iterator[tuple[str, 
         )
 
 
-def main() -> None:
-    """Write the tables and the figure."""
-    out = Path(sys.argv[1])
+def write(out: Path) -> None:
+    """Write the tables and the figure of a folder's runs into it."""
     judged = judged_of(curves_of(read(out / "seconds.jsonl")))
     rows, by_overhead = [], []
     for network, problems in NETWORKS.items():
@@ -210,4 +209,4 @@ def draw(judged: Judged, path: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    write(Path(sys.argv[1]))

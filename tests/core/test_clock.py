@@ -256,3 +256,28 @@ def test_where_more_is_asked_for_than_the_largest_size_smaller_ones_are_tried(ad
             learning_rate=1.0, variance_trace=1e6, loss=1.0, seconds=seconds, **square
         )
     assert controller.step_cost.overhead == pytest.approx(1024.0, rel=1e-3)
+
+
+def test_steps_that_do_not_measure_are_not_timed():
+    controller = Controller(sizes=SIZES, rule=Progress(), every=2)
+    for step in range(200):
+        # A step that measures takes three tenths longer.
+        dearer = 1.3 if controller.due else 1.0
+        numbers = {"learning_rate": 0.1, "loss": 3.0 * (step + 1.0) ** -0.5}
+        if controller.due:
+            numbers["variance_trace"] = 800.0
+        seconds = dearer * EACH * (100.0 + controller.batch_size)
+        controller.update(**numbers, seconds=seconds)
+    assert controller.step_cost.overhead == pytest.approx(100.0, rel=1e-3)
+
+
+def test_what_is_left_out_twice_is_left_out_once():
+    now = [0.0]
+    watch = Stopwatch(clock=lambda: now[0])
+    watch.lap()
+    with watch.left_out():
+        now[0] += 1.0
+        with watch.left_out():
+            now[0] += 2.0
+    now[0] += 4.0
+    assert watch.lap() == 4.0

@@ -317,3 +317,36 @@ def test_during_a_warm_up_the_size_follows_the_rate_and_forgets_it_afterwards():
         asked = usual.update(learning_rate=0.1, **numbers).raw
         again = warmed.update(learning_rate=rate, **numbers).raw
         assert again < asked if step < 99 else again == asked
+
+
+def test_a_warm_up_from_a_rate_of_zero_leaves_adam_a_large_batch():
+    controller = Controller(sizes=BatchSizes.range(16, 4096), rule=Progress(1024, adaptive=True))
+    sizes = [controller.batch_size]
+    for step in range(20):
+        numbers = {"variance_trace": 4000.0, "expected_gradient_norm_squared": 0.5, "loss": 2.0}
+        sizes.append(controller.update(learning_rate=1e-5 * step, **numbers).batch_size)
+    assert min(sizes) > 500
+
+
+def test_averages_in_another_metric_are_not_carried_over():
+    plain = Controller(16, rule=Progress(100.0))
+    for _ in range(10):
+        plain.update(learning_rate=0.1, variance_trace=10.0, loss=1.0)
+    adam = after(plain, Progress(100.0, adaptive=True))
+    assert adam.due
+    decision = adam.update(
+        learning_rate=0.1, variance_trace=1e4, loss=1.0, expected_gradient_norm_squared=1.0
+    )
+    assert decision.average_variance_trace == 1e4
+    # And back.
+    again = after(adam, Progress(100.0)).update(learning_rate=0.1, variance_trace=10.0, loss=1.0)
+    assert again.average_variance_trace == 10.0
+
+
+def test_no_rate_makes_adam_ask_for_less_than_its_noise_does():
+    rule = Progress(8192, adaptive=True)
+    controller = Controller(16, sizes=BatchSizes.range(16, 512), rule=rule)
+    decision = controller.update(
+        learning_rate=0.1, variance_trace=1e4, loss=1.0, expected_gradient_norm_squared=0.1
+    )
+    assert (decision.batch_size, decision.learning_rate_factor) == (512, 1.0)

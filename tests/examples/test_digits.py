@@ -37,7 +37,6 @@ def test_the_rule_for_the_least_time_measures_what_a_step_costs(tmp_path):
     _, log = run(tmp_path, "--backend", "numpy", "--epochs", "8", "--rule", "progress")
     reasons = [decision.reason.value for decision in log.decisions]
     assert 16 <= reasons.count("exploring") <= 96
-    assert reasons[-1] != "exploring"
     assert all(decision.observation.seconds > 0.0 for decision in log.decisions[1:])
 
 
