@@ -19,7 +19,6 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from cabs_torch.errors import describe
-from cabs_torch.norms.reductions import at_least_single, blocks, rows
 from cabs_torch.norms.sums import SquareSums, Weights
 from cabs_torch.ranks import is_distributed
 
@@ -160,10 +159,7 @@ class MeanGradient:
             )
         squares = SquareSums()
         for owner, parameter, gradient in self._whole:
-            of_part, whole = weights(parameter), rows(gradient)
-            for part in blocks(whole):
-                square = at_least_single(whole[part]).square() * of_part(part)
-                squares.add(owner, square.sum().double())
+            squares.weigh(owner, gradient, weights(parameter))
         return squares.by_group(number_of, count, device) / self._ranks
 
     def summed(self, number_of: Callable[[int], int], count: int, device: torch.device) -> Tensor:

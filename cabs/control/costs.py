@@ -79,7 +79,7 @@ def timed(clock: Clock, examples: int, seconds: float) -> Clock:
         return clock
     timing = examples, seconds
     recent, steps = (*clock.recent, timing)[-_RECENT:], clock.steps + 1
-    timings = _sorted_in(clock.timings, [timing])
+    timings = _sorted_in(clock.timings, timing)
     if steps % _BETWEEN:
         return Clock(timings, recent, steps, clock.cost, clock.explores)
     if clock.cost is not None and _has_drifted(clock.cost, recent, timings):
@@ -99,12 +99,11 @@ def _is_sure(cost: StepCost | None, recent: tuple[Timing, ...]) -> bool:
     return cost.deviation <= _SURE * (cost.overhead + median(examples for examples, _ in recent))
 
 
-def _sorted_in(timings: Timings, new: Iterable[Timing]) -> Timings:
-    """Return the timings with new ones among those of about the same size."""
+def _sorted_in(timings: Timings, timing: Timing) -> Timings:
+    """Return the timings with a new one among those of about the same size."""
     groups = {_about(one[0][0]): one for one in timings}
-    for timing in new:
-        size = _about(timing[0])
-        groups[size] = (*groups.get(size, ()), timing)[-_KEPT:]
+    size = _about(timing[0])
+    groups[size] = (*groups.get(size, ()), timing)[-_KEPT:]
     return tuple(groups[size] for size in sorted(groups))
 
 

@@ -13,6 +13,7 @@ ONLY = {
     "test_study.py": "torch",
     "test_convex.py": "torch",
     "test_seconds.py": "torch",
+    "test_torchrun.py": "torch",
 }
 
 

@@ -40,17 +40,6 @@ def test_the_rule_for_the_least_time_measures_what_a_step_costs(tmp_path):
     assert all(decision.observation.seconds > 0.0 for decision in log.decisions[1:])
 
 
-def test_two_ranks_decide_alike(tmp_path, backend):
-    starter = "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"
-    if backend != "torch":
-        pytest.skip("torchrun starts ranks of PyTorch")
-    accuracy, log = run(tmp_path, "--epochs", "4", starter=starter)
-    assert accuracy >= 0.9
-    assert cabs.read_run(tmp_path / "run.1.jsonl").decisions == log.decisions
-    assert sum(numbers["examples"] for numbers in log.measurements) == 4 * 1437
-    assert any(numbers["examples"] % 2 for numbers in log.measurements)
-
-
 def test_any_loop_will_do(tmp_path):
     accuracy, log = run(tmp_path, "--backend", "numpy", "--epochs", "3")
     assert accuracy >= 0.90

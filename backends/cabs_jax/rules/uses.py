@@ -58,15 +58,11 @@ def coordinate_squares(
             terms.append(terms_of.Lookup(left.astype(jnp.int32), rows, tuple(shape)))
         else:
             sides = (_arranged(use, left, use.axes.left), _arranged(use, right, use.axes.right))
-            axes = (_known_in_order(some) for some in use.axes)
+            axes = (tuple(sorted(known(some))) for some in use.axes)
             terms.append(terms_of.Product(*sides, tuple(shape), *axes))
     term: Any = terms_of.as_one(ARRAYS, terms)
     found: Array = term.coordinate_squares(ARRAYS)[0]
     return found
-
-
-def _known_in_order(axes: Sequence[int | None]) -> tuple[int, ...]:
-    return tuple(sorted(axis for axis in axes if axis is not None))
 
 
 def _arranged(use: Factors, factor: Array, axes: Sequence[int | None]) -> Array:

@@ -35,6 +35,13 @@ class SquareSums:
         else:
             self._small.append((owner, tensor))
 
+    def weigh(self, owner: Any, tensor: Tensor, weight: Callable[[slice], Tensor | float]) -> None:
+        """Add the squares of a tensor's elements, each times the weight of its part."""
+        whole = reductions.rows(tensor)
+        for part in reductions.blocks(whole):
+            some = reductions.at_least_single(whole[part]).square().mul_(weight(part))
+            self.add(owner, some.sum().double())
+
     def by_group(self, number_of: Callable[[Any], int], count: int, device: torch.device) -> Tensor:
         """Return the sums by the numbers of their owners, shape (count,)."""
         numbers: list[int] = []
