@@ -55,7 +55,8 @@ def run_tests(session: nox.Session, *sources: str) -> None:
     for pool in ("OMP_NUM_THREADS", "TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS"):
         session.env[pool] = "1"
     # To compile a test's program takes longer than to run it; the package's tests are optimized.
-    session.env.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+    flags = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+    session.env.setdefault("XLA_FLAGS", flags)
     # A file runs in one process: some of its tests ask what others of them have seen.
     parallel = ("--numprocesses=auto", "--dist=loadfile")
     session.run("pytest", *parallel, "--doctest-modules", *sources, *session.posargs)

@@ -129,7 +129,7 @@ class SummingArrays(Arrays, Protocol):
 
 
 class PatchArrays(Arrays, Protocol):
-    """What convolutions are written in besides, for a framework without kernels of its own."""
+    """What convolutions and labelled axes are written in besides, of patches if need be."""
 
     patch_width: int
     """Up to how many elements of a patch are laid out at a time, and not one row of a kernel."""
