@@ -1,7 +1,7 @@
 """Products of matrices, as sums over labelled axes.
 
-Guarantees: products of matrices, of stacks of them, and einsums are one operation here, with one rule
-for where the examples lie and one for the gradients.
+Guarantees: products of matrices, of stacks of them, and einsums are one operation here, with one
+rule for where the examples lie and one for the gradients.
 """
 
 from __future__ import annotations

@@ -1,8 +1,14 @@
 """A training run without a model: observations that depend on the step and the batch alone."""
 
+import random
 from typing import NamedTuple
 
-from cabs import BatchSizes, Controller
+from cabs import BatchSampler, BatchSizes, Controller, StreamSampler
+from cabs.data import Loader
+
+
+class Interrupt(BaseException):
+    """What Ctrl-C raises, but for the tests' own runner."""
 
 
 class Record(NamedTuple):
@@ -36,3 +42,29 @@ def run(loader, steps, *, records=None, after=None):
             if len(records) == steps:
                 break
     return records
+
+
+def sampler(kind, examples, source, seed=0, **options):
+    """Samplers of the same examples in three shapes; the order of a stream is its own."""
+    if kind == "indices":
+        return BatchSampler(examples, source, seed=seed, **options)
+
+    def order(epoch):
+        return random.Random(f"{seed} {epoch}").sample(range(examples), examples)
+
+    if kind == "stream":
+        return StreamSampler(order, source, **options)
+    if kind == "stream read ahead":
+        return StreamSampler(order, source, ahead=1 + seed % 9, **options)
+
+    def blocks(epoch):
+        numbers = order(epoch)
+        return [numbers[first : first + 7] for first in range(0, examples, 7)]
+
+    return StreamSampler.of_blocks(blocks, source, **options)
+
+
+def loader(kind, examples, *, lag=0, seed=0, fetch=list, settings=None, **options):
+    return Loader(
+        fetch, sampler(kind, examples, controller(**(settings or {})), seed, **options), lag=lag
+    )
