@@ -261,6 +261,7 @@ def backward(
             problem=gradient.problem,
             before=engine.before,
             is_in_metric=metric is not None,
+            seconds=None if controller is None else controller.own_seconds,
         )
         return TotalStatistics(brought, group, measured=measured, is_grouped=is_grouped)
     means = summed(sums[1]) / (factor * examples) ** 2 + summed(estimated[1])

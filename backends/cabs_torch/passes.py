@@ -122,6 +122,7 @@ class Passes:
             measured=passes,
             problem=problem or gradient.problem,
             is_by_example=False,
+            seconds=None if self._controller is None else self._controller.own_seconds,
             **known,
         )
         return TotalStatistics(share, self._group, measured=1.0, is_grouped=self._is_grouped)

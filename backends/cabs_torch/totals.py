@@ -8,6 +8,7 @@ gradients, and where a rank is gone.
 
 from __future__ import annotations
 
+import math
 import zlib
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -54,6 +55,8 @@ class Share:
     """Whether a group is an example, and not a microbatch."""
     each: int = 0
     """How many microbatches all ranks are to have each, 0 where any number will do."""
+    seconds: float | None = None
+    """What the step before took on this rank's clock."""
 
     @property
     def mark(self) -> int:
@@ -93,7 +96,11 @@ class TotalStatistics(BatchStatistics):
         device, mark = share.squares.device, float(share.mark)
         loss = torch.zeros_like(share.alike) if share.loss is None else share.loss
         known = torch.tensor(
-            [share.examples, share.measured, mark, mark * mark],
+            [
+                *(share.examples, share.measured, mark, mark * mark),
+                # Not a number for all, if one has none.
+                math.nan if share.seconds is None else share.seconds,
+            ],
             dtype=torch.float64,
             pin_memory=device.type == "cuda",
         )
@@ -165,8 +172,10 @@ class TotalStatistics(BatchStatistics):
                 f"{'take different numbers of microbatches, ' if share.each else ''}or their "
                 f"controllers differ. This one expects {share.batch} examples of all ranks{each}, "
                 f"and {controller}. Build the controllers with the same settings, load the same "
-                "state on all ranks, and call update with the same learning rates; give "
-                "batch_size=loader.batch.examples where shares of the batch differ"
+                "state on all ranks, and call update with the same learning rates, and with what "
+                "backward returned, which takes the mean of the ranks' seconds; with numbers, give "
+                "seconds that are the same on all; give batch_size=loader.batch.examples where "
+                "shares of the batch differ"
             )
         weighed = (
             f"batch_size = {share.batch} was given"
@@ -200,7 +209,7 @@ class TotalStatistics(BatchStatistics):
                 "alone; call optimizer.zero_grad() before, and where this is the last of several "
                 "microbatches, give the number of examples in all of them as batch_size"
             )
-        check_alike(numbers[5], numbers[-2], self._ranks)
+        check_alike(numbers[6], numbers[-2], self._ranks)
         return numbers
 
     @property
@@ -222,19 +231,36 @@ class TotalStatistics(BatchStatistics):
     @property
     def loss(self) -> Tensor | None:
         """Mean loss of all examples, 0-d, None if no rank has said."""
-        return None if self._share.loss is None else self._sums[4] / self.examples
+        return None if self._share.loss is None else self._sums[5] / self.examples
 
     @property
     def group_square_sum(self) -> Tensor:
         """Sum over the groups of all ranks, 0-d or of shape (groups of parameters,)."""
         self._read()
-        return self._shaped(self._sums[6 : 6 + len(self._share.squares)])
+        return self._shaped(self._sums[7 : 7 + len(self._share.squares)])
 
     @property
     def gradient_norm_squared(self) -> Tensor:
         """Squared norm of the mean gradient of all examples, of the same shape."""
         self._read_whole()
-        return self._shaped(self._sums[6 + len(self._share.squares) :])
+        return self._shaped(self._sums[7 + len(self._share.squares) :])
+
+    @property
+    def seconds_before(self) -> float | None:
+        """What the step before took, the mean of all ranks' clocks; None if one has no number.
+
+        Raises:
+            ValueError: If there was no controller, which knows what this rank's clock says.
+        """
+        if self._share.fingerprint is None:
+            raise ValueError(
+                "controller must be given where the statistics are made, since its rule measures "
+                "what a step costs, and ranks' clocks differ: backward(losses, "
+                "controller=controller) takes the mean of their seconds; or name the overhead, as "
+                "cabs.Progress(overhead=512)"
+            )
+        seconds = self._read()[4] / self._ranks
+        return None if math.isnan(seconds) else seconds
 
     def _shaped(self, sums: Tensor) -> Tensor:
         return sums if self._is_grouped else sums[0]
@@ -242,9 +268,9 @@ class TotalStatistics(BatchStatistics):
     def read(self) -> GradientStatistics:
         """Return the same statistics as Python numbers, or as NumPy arrays of one a group."""
         numbers = self._read_whole()
-        sums: Any = np.reshape(numbers[6:-2], (2, -1))
+        sums: Any = np.reshape(numbers[7:-2], (2, -1))
         squares, norms = sums if self._is_grouped else sums[:, 0].tolist()
-        loss = None if self._share.loss is None else numbers[4] / self.examples
+        loss = None if self._share.loss is None else numbers[5] / self.examples
         return GradientStatistics(self.examples, self.groups, squares, norms, self.estimated, loss)
 
     def __repr__(self) -> str:

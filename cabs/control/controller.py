@@ -19,7 +19,7 @@ from cabs.control.state import carry_over, fingerprint_of, read_state, write_sta
 from cabs.control.stopwatch import Stopwatch
 from cabs.values.scalars import Scalar, Scalars, as_float, as_floats
 
-_UNTIMED = None, None
+_UNTIMED: tuple[float | None, int | None] = None, None
 
 
 class Controller:
@@ -91,6 +91,7 @@ class Controller:
     def _start(self, configuration: Configuration) -> None:
         self._configuration = configuration
         self._state = initial_state(configuration)
+        self._own_timing: tuple[float | None, int | None] = _UNTIMED
 
     @classmethod
     def as_published(
@@ -154,6 +155,15 @@ class Controller:
         return self._state.clock.cost
 
     @property
+    def own_seconds(self) -> float | None:
+        """What the last step took on the clock of this rank, if it is one of several.
+
+        Clocks differ, so it is no part of the state: the statistics of the next step bring the mean
+        of all ranks', which each of them takes in.
+        """
+        return self._own_timing[0]
+
+    @property
     def configuration(self) -> Configuration:
         """The settings, immutable."""
         return self._configuration
@@ -203,7 +213,8 @@ class Controller:
                 parameter groups it is the sum.
             seconds: What the step took, of the examples of ``statistics``, or of
                 :attr:`batch_size`; or a :class:`cabs.Stopwatch`. Needed where the rule measures
-                what a step costs; the log keeps it anyway.
+                what a step costs; the log keeps it anyway. With statistics over several ranks each
+                gives its own, and the rule takes the mean of all, a step later.
 
         Returns:
             The decision. A value that is not finite never reaches the averages: the size is held,
@@ -238,16 +249,19 @@ class Controller:
             variance_trace, square, loss, examples = self._read(statistics, loss)
         if loss is None:
             raise ValueError("loss must be given, since there are no statistics that hold it")
+        timing = own = _UNTIMED
+        if seconds is not None or rule.needs_clock:
+            timing = own = self._timed(seconds, examples)
+        if rule.needs_clock and hasattr(type(statistics), "seconds_before"):
+            # A mean, since a sum over ranks gives no maximum; all wait for the slowest anyway.
+            before = statistics.seconds_before
+            timing = _UNTIMED if before is None else (before, self._own_timing[1])
         observation = Observation(
             as_floats(learning_rate, "learning_rate"),
             None if variance_trace is None else as_floats(variance_trace, "variance_trace"),
             as_float(loss, "loss"),
             None if square is None else sum(as_floats(square, "expected_gradient_norm_squared")),
-            *(
-                _UNTIMED
-                if seconds is None and not rule.needs_clock
-                else self._timed(seconds, examples)
-            ),
+            *timing,
         )
         state, decision = decide(self._configuration, self._state, observation)
         if decision.batch_size == 1 and decision.reason is Reason.VARIANCE_NOT_FINITE:
@@ -260,6 +274,8 @@ class Controller:
             )
         # Last, since a warning can be an error, and then nothing is to have changed.
         self._state = state
+        if statistics is not None:
+            self._own_timing = own
         return decision
 
     def _read(
@@ -343,7 +359,7 @@ class Controller:
                 f"{self._configuration.difference(configuration)}; build the controller with the "
                 "settings it was saved with, or load the state with changed_settings=True"
             )
-        self._state = state
+        self._state, self._own_timing = state, _UNTIMED
 
     def __repr__(self) -> str:
         return (
