@@ -24,9 +24,8 @@ from cabs_torch.errors import describe
 from cabs_torch.graph.reentrant_checkpoints import is_reentrant_checkpoint
 from cabs_torch.norms import reductions
 from cabs_torch.norms.sums import SquareSums
-from cabs_torch.options import parameter_lists
 from cabs_torch.passes import Passes
-from cabs_torch.ranks import check_whole, size_of, unreduced
+from cabs_torch.ranks import size_of, unreduced
 from cabs_torch.statistics import BatchStatistics
 from cabs_torch.walk import leaves_behind
 
@@ -40,21 +39,22 @@ class Accumulation(Passes):
     :class:`cabs.GradientStatistics`.
 
     Args:
-        parameters: The parameters that are trained, as an optimizer takes them: an iterable of
-            parameters, for 0-d sums, or an optimizer, for sums of shape (groups,). Those that do
-            not require gradients are passed over.
+        parameters: The module that is trained, or its parameters: an iterable of them, or an
+            optimizer, for sums of shape (groups,). Those that do not require gradients are passed
+            over. For ``fully_shard`` give the module.
         batch_size: m, how many examples all microbatches have together.
         process_group: Where ``torch.distributed`` has more than one rank, whose microbatches these
             are: those of all ranks if left out, or of the ranks of this group. An engine must leave
             the mean of the ranks' gradients in the last microbatch; in DDP, run the others inside
-            of ``no_sync``. ``batch_size`` is that of all ranks. ``False`` is for this rank's own
-            microbatches: nothing may reduce their gradients over ranks before :meth:`complete`.
+            of ``no_sync``, with ``fully_shard`` after ``set_requires_gradient_sync(False)``.
+            ``batch_size`` is that of all ranks. ``False`` is for this rank's own microbatches:
+            nothing may reduce their gradients over ranks before :meth:`complete`.
         controller: As in :func:`cabs_torch.backward`.
 
     Raises:
         TypeError: If ``batch_size`` is no integer.
-        ValueError: If there is no parameter that requires gradients, or one is a ``DTensor``; if
-            ``batch_size`` is below 2.
+        ValueError: If no parameter requires gradients, or one is a ``DTensor`` of which no pass
+            uses the whole; if ``batch_size`` is below 2.
 
     Example:
         >>> import torch, cabs_torch
@@ -69,15 +69,12 @@ class Accumulation(Passes):
 
     def __init__(
         self,
-        parameters: Iterable[Tensor] | Any,
+        parameters: torch.nn.Module | Iterable[Tensor] | Any,
         *,
         batch_size: int,
         process_group: Any = None,
         controller: Any = None,
     ) -> None:
-        if not isinstance(parameters, torch.optim.Optimizer):
-            parameters = list(parameters)
-        check_whole(one for group in parameter_lists(parameters) for one in group)
         super().__init__(parameters, batch_size, process_group, controller)
         self._engine = None if self._group is None else Engine(self._parameters, self._group)
         self._partial, self._loss = PartialStatistics(), reductions.zero(self._device)
@@ -129,8 +126,8 @@ class Accumulation(Passes):
             if not any(leaf in known or is_reentrant_checkpoint(leaf) for leaf in leaves):
                 raise ValueError(
                     "loss must depend on the parameters that are accumulated, got one with none of "
-                    "them in its graph; give the parameters that the forward pass uses, which are "
-                    "not those that FSDP keeps sharded"
+                    "them in its graph; give the parameters that the forward pass uses, and for "
+                    "fully_shard the module"
                 )
             self._is_broken = True
             with unreduced(self._parameters) if self._group is None else nullcontext():
@@ -166,7 +163,7 @@ class Accumulation(Passes):
         # No branch, which would wait for the device.
         nothing = torch.where(self._before == 0.0, 0.0, torch.nan)
         loss, self._loss = self._loss, reductions.zero(self._device)
-        self._partial, self._seen = PartialStatistics(), set()
+        self._partial, seen, self._seen = PartialStatistics(), self._seen, set()
         square_sum = whole.group_square_sum + nothing
         if self._engine is not None:
             self._engine.check()
@@ -176,6 +173,7 @@ class Accumulation(Passes):
             passes=whole.groups,
             loss=loss,
             scale=self._scale,
+            required=seen,
         )
 
     def _check_gradients(self) -> None:
@@ -195,7 +193,7 @@ class Accumulation(Passes):
 
     def _states(self) -> list[tuple[int, int] | None]:
         """Return what changes with the gradients that parameters hold."""
-        gradients = [parameter.grad for parameter in self._parameters]
+        gradients = [one for parameter in self._parameters for one in self._held_by(parameter)]
         return [None if one is None else (id(one), one._version) for one in gradients]
 
     def _see(

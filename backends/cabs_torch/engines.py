@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import gc
 import math
+import sys
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -24,6 +25,9 @@ from cabs_torch.ranks import is_distributed
 
 # What fully_shard keeps of each parameter, by the ids of the piece and of the whole.
 _known: dict[int, weakref.ref[Any]] = {}
+
+# The parameters that were looked for.
+_sought: dict[int, weakref.ref[Tensor]] = {}
 
 # The parameters whose engines have answered: the first step's answer is that of all.
 _asked: dict[int, weakref.ref[Tensor]] = {}
@@ -47,6 +51,31 @@ def arrived_for(parameter: Tensor) -> Any:
     return None if shared is None else shared.sharded_param.grad
 
 
+def pieces_of(parameters: Iterable[Tensor]) -> dict[int, Tensor]:
+    """Return this rank's pieces of what passes use, where ``fully_shard`` holds it, by its id."""
+    given = list(parameters)
+    unknown = [one for one in given if _of_fully_shard(one, search=False) is None]
+    # Looked for once in a parameter's life, in programs that have FSDP.
+    if "torch.distributed.fsdp" in sys.modules and any(
+        id(one) not in _sought or _sought[id(one)]() is not one for one in unknown
+    ):
+        _search()
+        _sought.update((id(one), weakref.ref(one)) for one in unknown)
+    shared = {id(one): _of_fully_shard(one, search=False) for one in given}
+    return {key: one.sharded_param for key, one in shared.items() if one is not None}
+
+
+def make_whole(model: torch.nn.Module) -> None:
+    """Have ``fully_shard`` make the parameters that passes use, which it does in the first one."""
+    if any(is_distributed(one) and as_used(one) is one for one in model.parameters()):
+        module: Any
+        for module in model.modules():
+            # By its methods, since importing FSDP takes as long as half of PyTorch.
+            if hasattr(module, "unshard") and hasattr(module, "reshard"):
+                module.unshard()
+                module.reshard()
+
+
 def _of_fully_shard(parameter: Tensor, *, search: bool = True) -> Any:
     """Return what ``fully_shard`` knows of a parameter, given as the piece or as the whole."""
     reference = _known.get(id(parameter))
@@ -55,11 +84,15 @@ def _of_fully_shard(parameter: Tensor, *, search: bool = True) -> Any:
         return found
     if not search:
         return None
+    _search()
+    return _of_fully_shard(parameter, search=False)
+
+
+def _search() -> None:
     # By their name, since importing FSDP takes as long as half of PyTorch.
     every = [one for one in gc.get_objects() if type(one).__name__ == "FSDPParam"]
     _known.clear()
     _known.update((id(half), weakref.ref(one)) for one in every for half in _halves(one))
-    return _of_fully_shard(parameter, search=False)
 
 
 def _halves(one: Any) -> list[Any]:

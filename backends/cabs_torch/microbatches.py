@@ -15,13 +15,12 @@ import torch
 from torch import Tensor
 
 from cabs.values.scalars import as_integer
-from cabs_torch.engines import Smallest, as_used
+from cabs_torch.engines import Smallest
 from cabs_torch.errors import describe, describe_some
 from cabs_torch.norms import reductions
 from cabs_torch.norms.sums import SquareSums
-from cabs_torch.options import parameter_lists
 from cabs_torch.passes import Passes
-from cabs_torch.ranks import is_distributed, size_of
+from cabs_torch.ranks import size_of
 from cabs_torch.statistics import BatchStatistics
 
 # Larger than what engines lose that send gradients in half precision.
@@ -88,22 +87,7 @@ class Microbatches(Passes):
     ) -> None:
         if reduction not in ("mean", "sum"):
             raise ValueError(f"reduction must be 'mean' or 'sum', got reduction = {reduction!r}")
-        if isinstance(model, torch.nn.Module):
-            _make_whole(model)
-            model = model.parameters()
-        if not isinstance(model, torch.optim.Optimizer):
-            model = list(model)
         super().__init__(model, batch_size, process_group, controller)
-        given = (one for group in parameter_lists(model) for one in group)
-        # Where the gradient of what passes use arrives, if that is not the parameter itself.
-        self._pieces = {id(as_used(one)): one for one in given if is_distributed(one)}
-        for one in self._parameters:
-            if is_distributed(one):
-                raise ValueError(
-                    f"{describe(one)}, is a DTensor of which no pass has used the whole; for "
-                    "fully_shard give the module itself, not its parameters. Of tensor parallelism "
-                    "there are no statistics"
-                )
         self._count = None if microbatches is None else as_integer(microbatches, "microbatches", 1)
         self._is_summed = reduction == "sum"
         if batch_size % (ranks := size_of(self._group)):
@@ -140,10 +124,8 @@ class Microbatches(Passes):
             return
         self._seen.add(id(parameter))
         if not self._sums:
-            # An engine may hold a gradient elsewhere, and the loop may set it to zero late.
-            before = self._pieces.get(id(parameter), parameter).grad
-            if before is not None:
-                self._square(self._before, parameter, before)
+            # Only now, since the loop may set it to zero late.
+            self._square_held(self._before, parameter)
         if parameter is self._smallest.parameter:
             self._smallest.see(gradients)
         self._square(self._squares, parameter, gradients[0])
@@ -284,14 +266,3 @@ class Microbatches(Passes):
         """Return a norm's square, shape (1,)."""
         whole = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
         return torch.as_tensor(whole).detach().to(self._device, torch.float64).square().reshape(1)
-
-
-def _make_whole(model: torch.nn.Module) -> None:
-    """Have ``fully_shard`` make the parameters that passes use, which it does in the first one."""
-    if any(is_distributed(one) and as_used(one) is one for one in model.parameters()):
-        module: Any
-        for module in model.modules():
-            # By its methods, since importing FSDP takes as long as half of PyTorch.
-            if hasattr(module, "unshard") and hasattr(module, "reshard"):
-                module.unshard()
-                module.reshard()

@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
 from cabs.values.scalars import as_integer
-from cabs_torch.engines import MeanGradient
+from cabs_torch.engines import MeanGradient, make_whole, pieces_of
+from cabs_torch.errors import describe
 from cabs_torch.norms.sums import SquareSums
 from cabs_torch.options import as_groups, parameter_lists
 from cabs_torch.ranks import group_of, is_distributed
@@ -31,15 +32,20 @@ class Passes:
     """Parameters, whose gradients of several backward passes are squared one by one.
 
     Args:
-        parameters: As :class:`cabs_torch.Accumulation` takes them.
+        parameters: The module that is trained, an iterable of parameters, or an optimizer.
         batch_size: How many examples all passes of all ranks have together.
         process_group: Whose passes these are.
         controller: What all ranks should have alike.
+
+    Raises:
+        TypeError: If ``batch_size`` is no integer.
+        ValueError: If it is below 2, no parameter requires gradients, or one is a ``DTensor`` of
+            which no pass uses the whole.
     """
 
     def __init__(
         self,
-        parameters: Iterable[Tensor] | Any,
+        parameters: torch.nn.Module | Iterable[Tensor] | Any,
         batch_size: int,
         process_group: Any,
         controller: Any,
@@ -47,10 +53,21 @@ class Passes:
         self._batch_size = as_integer(batch_size, "batch_size", 2)
         self._group, self._controller = group_of(process_group), controller
         self._is_grouped = isinstance(parameters, torch.optim.Optimizer)
+        if isinstance(parameters, torch.nn.Module):
+            make_whole(parameters)
+            parameters = parameters.parameters()
         self._groups = as_groups(parameter_lists(parameters))
         self._parameters = [one for one in self._groups.parameters if one.requires_grad]
         if not self._parameters:
             raise ValueError("parameters must hold one that requires gradients, got none")
+        for one in self._parameters:
+            if is_distributed(one):
+                raise ValueError(
+                    f"{describe(one)}, is a DTensor of which no pass has used the whole; for "
+                    "fully_shard give the module itself, not its parameters, or make this after a "
+                    "first forward pass. Of tensor parallelism there are no statistics"
+                )
+        self._pieces = pieces_of(self._parameters)
         self._device = self._parameters[0].device
 
     @contextmanager
@@ -67,6 +84,16 @@ class Passes:
     def _square(self, squares: SquareSums, parameter: Tensor, gradient: Any) -> None:
         local = gradient.to_local() if is_distributed(gradient) else gradient
         squares.square(self._groups.numbers[id(parameter)], local)
+
+    def _held_by(self, parameter: Tensor) -> list[Tensor | None]:
+        """Return the gradient of what passes use, and that of the piece that an engine keeps."""
+        piece = self._pieces.get(id(parameter))
+        return [parameter.grad, None if piece is None else piece.grad]
+
+    def _square_held(self, squares: SquareSums, parameter: Tensor) -> None:
+        for gradient in self._held_by(parameter):
+            if gradient is not None:
+                self._square(squares, parameter, gradient)
 
     def _summed(self, squares: SquareSums) -> Tensor:
         """Return sums of squares, 0-d or of shape (groups of parameters,)."""
@@ -131,7 +158,6 @@ class Passes:
         """Return the squares of the gradients that parameters hold."""
         squares = SquareSums()
         for parameter in self._parameters:
-            if parameter.grad is not None:
-                self._square(squares, parameter, parameter.grad)
+            self._square_held(squares, parameter)
         # At once: gradients that are held would be those of later passes.
         return self._summed(squares)

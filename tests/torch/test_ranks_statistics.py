@@ -1,6 +1,5 @@
 """Statistics over ranks are those of one process on the same examples, by one collective more."""
 
-import contextlib
 import dataclasses
 
 import pytest
@@ -177,70 +176,6 @@ def test_parameter_groups_have_sums_of_their_own(two, engine):
             torch.testing.assert_close(
                 torch.tensor(step.variance_trace), torch.tensor(other.variance_trace)
             )
-
-
-def in_microbatches(engine, size, accumulated):
-    """Return the statistics of this rank's share in pieces, of which the last one is reduced."""
-    model = ENGINES[engine](network())
-    pieces = torch.tensor(share(False)).split(size)
-    parts, loss = [], 0.0
-    accumulation = None
-    if accumulated:
-        accumulation = cabs_torch.Accumulation(model.parameters(), batch_size=M)
-    for number, piece in enumerate(pieces):
-        with unreduced(model, is_last=number == len(pieces) - 1):
-            losses = losses_of(model, piece)
-            if accumulation is not None:
-                accumulation.backward(losses.mean(), examples=len(piece))
-                continue
-            one = cabs_torch.backward(losses, batch_size=M)
-            parts.append(one.partial)
-            loss = loss + one.loss * one.examples / M
-    if accumulation is not None:
-        statistics = accumulation.complete()
-    else:
-        norm_squared = cabs_torch.gradient_norm_squared(model.parameters())
-        statistics = sum(parts).complete(gradient_norm_squared=norm_squared, loss=loss)
-    return statistics.read(), gradients(model)
-
-
-@contextlib.contextmanager
-def unreduced(model, *, is_last):
-    if hasattr(model, "no_sync"):
-        with contextlib.nullcontext() if is_last else model.no_sync():
-            yield
-    else:
-        model.set_requires_gradient_sync(is_last)
-        yield
-
-
-@pytest.mark.parametrize("engine", ["ddp", "views", "fsdp", "fsdp by layers"])
-def test_microbatches_of_ranks_are_those_of_one_process(two, engine):
-    # Both ranks take as many pieces.
-    for statistics, gradient in two.all(in_two_pieces, engine):
-        (expected, *_), whole, _ = alone(torch.float64, {}, count=1)
-        assert_same([[statistics], gradient], [[expected], whole], 1e-10)
-
-
-def in_two_pieces(engine):
-    return in_microbatches(engine, len(share(False)) // 2, accumulated=False)
-
-
-def accumulated_in_two_pieces(engine):
-    return in_microbatches(engine, len(share(False)) // 2, accumulated=True)
-
-
-@pytest.mark.parametrize("engine", ["ddp", "views"])
-def test_groups_of_ranks_are_groups(two, engine):
-    model = network()
-    accumulation = cabs_torch.Accumulation(model.parameters(), batch_size=M)
-    for piece in (range(4), range(4, 8), range(8, 16), range(16, 24)):
-        loss = losses_of(model, list(piece)).mean()
-        accumulation.backward(loss, examples=len(piece))
-    expected = accumulation.complete().read()
-    assert expected.groups == 4
-    for statistics, gradient in two.all(accumulated_in_two_pieces, engine):
-        assert_same([[statistics], gradient], [[expected], gradients(model)], 1e-10)
 
 
 class Branches(nn.Module):
