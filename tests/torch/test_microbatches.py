@@ -11,18 +11,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import cabs_torch
+from tests.torch.engines import ENGINES, M, batch, gradients, losses_of, network, unreduced
 from tests.torch.models import cross_entropy
-from tests.torch.test_ranks_statistics import (
-    ENGINES,
-    Branches,
-    M,
-    assert_same,
-    batch,
-    gradients,
-    losses_of,
-    network,
-    unreduced,
-)
+from tests.torch.test_ranks_statistics import Branches, assert_same
 
 # Microbatches of each of two ranks.
 K = 3

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 import cabs_torch
 from tests.processes import joined
+from tests.torch.engines import ENGINES
 from tests.torch.models import cross_entropy
 from tests.torch.reference import gradients_one_by_one
 
@@ -32,12 +33,10 @@ def share():
     return inputs[mine], targets[mine]
 
 
-def sharded_by_layers(model):
-    mesh = init_device_mesh("cpu", (2,))
-    for layer in model:
-        if list(layer.parameters()):
-            fully_shard(layer, mesh=mesh)
-    return fully_shard(model, mesh=mesh)
+# What averages gradients, and nothing.
+WRAPPERS = {"none": lambda model: model} | {
+    name: ENGINES[name] for name in ("ddp", "static", "unused", "views", "fsdp", "fsdp by layers")
+}
 
 
 def own_rows():
@@ -81,16 +80,7 @@ def what_is_no_process_group_is_an_error():
 def backward_measures_this_ranks_own_examples_under_every_wrapper():
     inputs, targets = share()
     rows = own_rows()
-    wrappers = {
-        "none": lambda model: model,
-        "ddp": DistributedDataParallel,
-        "static": lambda model: DistributedDataParallel(model, static_graph=True),
-        "unused": lambda model: DistributedDataParallel(model, find_unused_parameters=True),
-        "views": lambda model: DistributedDataParallel(model, gradient_as_bucket_view=True),
-        "fsdp": lambda model: fully_shard(model, mesh=init_device_mesh("cpu", (2,))),
-        "fsdp by layers": sharded_by_layers,
-    }
-    for name, wrap in wrappers.items():
+    for name, wrap in WRAPPERS.items():
         model = wrap(network())
         plain = wrap(network())
         for _ in range(3):
@@ -255,14 +245,8 @@ def a_compiled_step_of_a_wrapper_is_an_error():
 def the_metric_is_that_of_the_gradient_with_which_a_rank_steps():
     inputs, targets = share()
     rows = own_rows()
-    wrappers = {
-        "none": lambda model: model,
-        "ddp": DistributedDataParallel,
-        "static": lambda model: DistributedDataParallel(model, static_graph=True),
-        "views": lambda model: DistributedDataParallel(model, gradient_as_bucket_view=True),
-    }
-    for name, wrap in wrappers.items():
-        model = wrap(network())
+    for name in ("none", "ddp", "static", "views"):
+        model = WRAPPERS[name](network())
         optimizer = torch.optim.Adam(model.parameters(), eps=0.1)
         for _ in range(3):
             optimizer.zero_grad()

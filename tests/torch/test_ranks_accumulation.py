@@ -1,7 +1,5 @@
 """Microbatches of several ranks are those of one process, whoever holds the gradients meanwhile."""
 
-import contextlib
-
 import pytest
 import torch
 import torch.distributed as dist
@@ -9,17 +7,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 import cabs_torch
+from tests.torch.engines import ENGINES, M, gradients, losses_of, network, share, unreduced
 from tests.torch.gloo import Ranks
-from tests.torch.test_ranks_statistics import (
-    ENGINES,
-    M,
-    alone,
-    assert_same,
-    gradients,
-    losses_of,
-    network,
-    share,
-)
+from tests.torch.test_ranks_statistics import alone, assert_same
 
 
 def in_microbatches(engine, size, accumulated):
@@ -45,16 +35,6 @@ def in_microbatches(engine, size, accumulated):
         norm_squared = cabs_torch.gradient_norm_squared(model.parameters())
         statistics = sum(parts).complete(gradient_norm_squared=norm_squared, loss=loss)
     return statistics.read(), gradients(model)
-
-
-@contextlib.contextmanager
-def unreduced(model, *, is_last):
-    if hasattr(model, "no_sync"):
-        with contextlib.nullcontext() if is_last else model.no_sync():
-            yield
-    else:
-        model.set_requires_gradient_sync(is_last)
-        yield
 
 
 @pytest.mark.parametrize("engine", ["ddp", "views", "fsdp", "fsdp by layers"])

@@ -15,8 +15,8 @@ from torch.utils.data import TensorDataset
 
 import cabs
 import cabs_torch
+from tests.torch.engines import M, batch, gradients, network, share, weights
 from tests.torch.gloo import Ranks
-from tests.torch.test_ranks_statistics import M, batch, gradients, network, share, weights
 
 PAGE = Path(__file__).parents[2] / "docs" / "torch.rst"
 

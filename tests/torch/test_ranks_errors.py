@@ -13,8 +13,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import cabs
 import cabs_torch
+from tests.torch.engines import M, gradients, losses_of, network, share
 from tests.torch.gloo import Ranks
-from tests.torch.test_ranks_statistics import M, gradients, losses_of, network, share
 
 # Seconds that ranks wait for each other, in the tests in which one is gone or late.
 PATIENCE = 2.0

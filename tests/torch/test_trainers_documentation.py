@@ -18,8 +18,8 @@ from torch.nn.utils import clip_grad_norm_
 
 import cabs
 import cabs_torch
+from tests.torch.engines import network, weights
 from tests.torch.gloo import Ranks
-from tests.torch.test_ranks_statistics import network, weights
 
 PAGE = Path(__file__).parents[2] / "docs" / "trainers.rst"
 EACH, STEPS = 3, 4
