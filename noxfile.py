@@ -157,7 +157,7 @@ def soak(session: nox.Session) -> None:
 
 
 BENCHMARKS = (
-    *("core", "loader_torch", "growth_torch", "kernels_torch", "kernels_jax"),
+    *("core", "loader_torch", "growth_torch", "kernels_torch", "kernels_jax", "collectives"),
     *(f"steps_{name}" for name in FRAMEWORKS),
     *(f"peers_{name}" for name in FRAMEWORKS),
 )

@@ -16,7 +16,6 @@ from typing import Any
 
 Result = dict[str, Any]
 
-FRAMEWORKS = ("torch", "jax", "tensorflow")
 OURS = {
     "torch": ":func:`cabs_torch.backward`",
     "jax": ":func:`cabs_jax.value_and_grad`",
@@ -27,6 +26,7 @@ VERSIONS = {
     "torch": ("torch", "backpack-for-pytorch", "opacus", "cockpit-for-pytorch"),
     "jax": ("jax", "jaxlib", "jax-privacy"),
     "tensorflow": ("tensorflow", "keras"),
+    "collectives": ("torch", "jax", "jaxlib", "tensorflow"),
 }
 
 
@@ -40,8 +40,8 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 
 
 def framework_of(result: Result) -> str:
-    """Return the framework in which a benchmark runs."""
-    return next((name for name in FRAMEWORKS if name in result["benchmark"]), "torch")
+    """Return the framework in which a benchmark runs, or what stands for all of them."""
+    return next((name for name in VERSIONS if name in result["benchmark"]), "torch")
 
 
 def conditions(result: Result) -> str:
@@ -220,6 +220,14 @@ def of_kernels(result: Result) -> str:
     return table(["network", "parameters", "kernels of a plain step", "added a parameter"], rows)
 
 
+def of_collectives(result: Result) -> str:
+    """Tabulate what statistics add to what devices send each other."""
+    keys = "plain", "added", "numbers added", "more in the first step"
+    rows = [[name, *(f"{one[key]:,}" for key in keys)] for name, one in result["steps"].items()]
+    header = ["step", "collectives of a plain one", "added", "numbers in them", "more at first"]
+    return table(header, rows)
+
+
 def of_checks(result: Result) -> str:
     """Tabulate what was checked."""
     known = ("benchmark", "date", "machine", "threads", "versions", "device")
@@ -228,6 +236,7 @@ def of_checks(result: Result) -> str:
 
 
 TABLES: dict[str, Callable[[Result], str]] = {
+    "collectives": of_collectives,
     "core": of_rows,
     "gpu_feeding": of_checks,
     "gpu_jax": of_steps,

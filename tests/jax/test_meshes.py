@@ -1,7 +1,5 @@
 """Batches and parameters on meshes of devices, against a loop over the examples and plain JAX."""
 
-import math
-import re
 from contextlib import nullcontext
 from functools import partial
 
@@ -12,6 +10,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import cabs_jax
+from tests.jax.collectives import reduced_in
 from tests.jax.reference import assert_same, draw, gradients_one_by_one, mean_loss
 
 AUTO, EXPLICIT = AxisType.Auto, AxisType.Explicit
@@ -214,19 +213,6 @@ def test_a_mask_may_lie_anywhere_also_where_a_sample_is_measured(is_sharded):
         for options in ({}, {"sample": 5}):
             found = jax.jit(partial(step, **options))(parameters, batch, 13)
             assert_exact(found, network, examples=slice(13), **{"sampled": 5} if options else {})
-
-
-def reduced_in(function, *args):
-    """Return how many elements each collective of the compiled program has, by its kind."""
-    found = {}
-    pattern = r" (all-reduce|all-gather|reduce-scatter|collective-permute|all-to-all)(?:-start)?\("
-    for line in jax.jit(function).lower(*args).compile().as_text().splitlines():
-        match = re.search(pattern, line)
-        if match is not None:
-            shapes = re.findall(r"\w\d+\[([\d,]*)\]", line[: match.start()])
-            sizes = [math.prod(map(int, filter(None, shape.split(",")))) for shape in shapes]
-            found.setdefault(match[1], []).append(sum(sizes))
-    return found
 
 
 def layers(parameters, example):

@@ -170,30 +170,6 @@ def test_options_are_those_of_one_process(two):
         assert square_sum == pytest.approx(sums)
 
 
-def reductions_in_a_step(engine, with_statistics):
-    """Return the collectives of a step, by name."""
-    model = ENGINES[engine](network())
-    for _ in range(2):
-        model.zero_grad()
-        losses = losses_of(model, share(False))
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
-            if with_statistics:
-                cabs_torch.backward(losses, batch_size=M).read()
-            else:
-                losses.mean().backward()
-    names = [event.key for event in seen.key_averages() for _ in range(event.count)]
-    return sorted(name for name in names if name.startswith("gloo:"))
-
-
-@pytest.mark.parametrize("engine", ["ddp", "fsdp by layers"])
-def test_a_step_costs_one_collective_more(two, engine):
-    with_statistics = two.all(reductions_in_a_step, engine, True)
-    plain = two.all(reductions_in_a_step, engine, False)
-    for one, other in zip(with_statistics, plain, strict=True):
-        assert other
-        assert one == sorted([*other, "gloo:all_reduce"])
-
-
 class Words(nn.Module):
     """A model with a sparse gradient, inside of a reentrant checkpoint or not."""
 
