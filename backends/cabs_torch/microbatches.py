@@ -257,7 +257,7 @@ class Microbatches(Passes):
             f"backward passes gave, with a norm of {found[2]:g} where {found[1]:g} was expected: "
             "call complete() before gradients are clipped, unscaled or set to zero, or give the "
             "norm before clipping; set them to zero before the first pass, and let nothing else "
-            "add to them"
+            "add to them or divide them, as a pipeline's scale_grads does"
             + f"; if the engine makes their {other} over ranks, give reduction={other!r}"
             * (ranks > 1)
         )

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
 from torch.nn.functional import cross_entropy
 from torch.nn.utils import clip_grad_norm_
 
@@ -63,8 +64,10 @@ def known(model, ranks):
     }
 
 
-def a_loop_like_torchtitans(is_alone):
+def a_loop_like_torchtitans(is_alone, is_clipped=True):
     model, program = network(), printed("A loop like torchtitan's")
+    if not is_clipped:
+        program = program.replace("clip_grad_norm_(model.parameters(), 1.0)", "pass")
     ranks, rank = (1, 0) if is_alone else (2, dist.get_rank())
     if is_alone:
         program = program.replace("model.set_requires_gradient_sync(is_last)", "pass")
@@ -88,6 +91,59 @@ def test_a_loop_like_torchtitans_trains_as_one_process_does(two):
         assert found[1].variance_trace == pytest.approx(statistics.variance_trace)
         assert found[1].loss == pytest.approx(statistics.loss)
         torch.testing.assert_close(found[2], expected, rtol=1e-9, atol=1e-9)
+
+
+def a_pipeline(schedule):
+    """Run the program on two stages, of which the first has three layers and the second one."""
+    model, rank = network(), dist.get_rank()
+    part = model[3:] if rank else model[:3]
+    names = known(part, 1)
+    controller, (inputs, labels) = names["controller"], data()
+
+    def batches():
+        place = 0
+        while True:
+            mine = slice(place, place := place + controller.batch_size)
+            yield inputs[mine], labels[mine]
+
+    names |= {
+        "stage": PipelineStage(part, rank, 2, torch.device("cpu")),
+        "ScheduleGPipe": schedule,
+        "batches": batches(),
+        "cabs": cabs,
+        "dist": dist,
+    }
+    exec(printed("A pipeline"), names)
+    return names["controller"].state_dict(), names["statistics"], weights(part)
+
+
+@pytest.mark.parametrize("schedule", [ScheduleGPipe, Schedule1F1B])
+def test_a_pipeline_trains_as_one_process_does(two, schedule):
+    state, statistics, expected = a_loop_like_torchtitans(True, is_clipped=False)
+    found = two.all(a_pipeline, schedule)
+    for other, measured, _ in found:
+        assert other["state"]["batch_size"] == state["state"]["batch_size"] != 12
+        assert measured.groups == statistics.groups
+        assert measured.variance_trace == pytest.approx(statistics.variance_trace)
+        assert measured.loss == pytest.approx(statistics.loss)
+    trained = torch.cat([one for *_, one in found])
+    torch.testing.assert_close(trained, expected, rtol=1e-9, atol=1e-9)
+
+
+def divided_by_the_schedule():
+    model = network()
+    part = model[3:] if dist.get_rank() else model[:3]
+    stage = PipelineStage(part, dist.get_rank(), 2, torch.device("cpu"))
+    inputs, labels = data(12)
+    schedule = ScheduleGPipe(stage, n_microbatches=4, loss_fn=cross_entropy)
+    with cabs_torch.Microbatches(part, batch_size=12, process_group=False) as groups:
+        schedule.step(*(() if dist.get_rank() else (inputs,)), target=labels)
+    groups.complete()
+
+
+def test_gradients_that_a_schedule_divides_are_an_error(two):
+    for said in two.run(divided_by_the_schedule):
+        assert "or divide them, as a pipeline's scale_grads does" in said
 
 
 # A process of its own, since these libraries keep what they know of one in global state.
