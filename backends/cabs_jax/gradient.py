@@ -108,6 +108,7 @@ def value_and_grad(
             found.estimated.astype(jnp.int32),
             found.loss,
             found.summed,
+            metric is not None,
         )
         if has_aux:
             return (found.loss, statistics, found.aux), gradients

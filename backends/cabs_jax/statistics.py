@@ -135,6 +135,7 @@ class BatchStatistics:
         summed: Over which axes of a mesh the gradients that came with the statistics are added up
             already, because ``shard_map`` knows that parameters are the same all along them. The
             statistics are those of this device's own examples, and of the gradient before that.
+        in_metric: Whether they are in the metric of an optimizer's step; None if nobody has said.
 
     See :class:`cabs.GradientStatistics` for what they tell.
 
@@ -155,6 +156,7 @@ class BatchStatistics:
     estimated: Any = _NONE
     loss: Any = None
     summed: tuple[str, ...] = field(default=(), metadata={"static": True})
+    in_metric: bool | None = field(default=None, metadata={"static": True})
 
     @property
     def partial(self) -> PartialStatistics:
@@ -203,7 +205,7 @@ class BatchStatistics:
         )
         loss = None if found.loss is None else float(found.loss)
         return GradientStatistics(
-            examples, groups, square_sum, gradient_norm_squared, estimated, loss
+            examples, groups, square_sum, gradient_norm_squared, estimated, loss, self.in_metric
         )
 
 

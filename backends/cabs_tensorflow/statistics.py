@@ -138,6 +138,7 @@ class BatchStatistics(tf.experimental.ExtensionType):
         estimated: How many of the groups were not measured themselves but estimated from a sample
             of them, int32.
         loss: Mean loss of the examples, None if it is not known.
+        in_metric: Whether they are in the metric of an optimizer's step; None if nobody has said.
 
     See :class:`cabs.GradientStatistics` for what they tell.
 
@@ -161,6 +162,7 @@ class BatchStatistics(tf.experimental.ExtensionType):
     gradient_norm_squared: tf.Tensor
     estimated: tf.Tensor = 0
     loss: Optional[tf.Tensor] = None  # noqa: UP045  (TensorFlow reads it)
+    in_metric: Optional[bool] = None  # noqa: UP045
 
     @property
     def partial(self) -> PartialStatistics:
@@ -203,6 +205,7 @@ class BatchStatistics(tf.experimental.ExtensionType):
             float(self.gradient_norm_squared),
             int(self.estimated),
             None if self.loss is None else float(self.loss),
+            self.in_metric,
         )
 
     def __add__(self, other: Any) -> Any:

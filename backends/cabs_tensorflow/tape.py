@@ -197,7 +197,9 @@ class GradientTape:
         norm = tf.cast(norm, dtype) / scale
         # In half precision the gradient can overflow where norms of examples do not.
         total = tf.where(tf.math.is_finite(norm), total, norm)
-        statistics = BatchStatistics(examples, examples, total, norm, estimated, mean_loss)
+        statistics = BatchStatistics(
+            examples, examples, total, norm, estimated, mean_loss, metric is not None
+        )
         return tf.nest.pack_sequence_as(sources, gradients), statistics
 
 

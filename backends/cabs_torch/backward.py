@@ -270,7 +270,9 @@ def backward(
     estimated_examples = examples - measured_examples
     mean_loss = losses.detach().double().mean()
     return BatchStatistics(
-        examples, examples, squares, means, estimated_examples, mean_loss, measured
+        *(examples, examples, squares, means, estimated_examples, mean_loss),
+        in_metric=metric is not None,
+        measured=measured,
     )
 
 

@@ -101,7 +101,7 @@ class CompiledStep:
         estimated, coverage = self._coverage[signature]
         loss = losses.double().mean()
         return losses, BatchStatistics(
-            examples, examples, squares, means, estimated, loss, coverage
+            examples, examples, squares, means, estimated, loss, in_metric=False, measured=coverage
         )
 
     def _trace(

@@ -132,7 +132,9 @@ class Passes:
         if self._group is None:
             squares = self._held() if norms is None else self._shaped(norms)
             loss = None if loss is None else loss / examples
-            return BatchStatistics(examples, passes, square_sum, squares / scale**2, loss=loss)
+            return BatchStatistics(
+                examples, passes, square_sum, squares / scale**2, loss=loss, in_metric=False
+            )
         gradient = MeanGradient(self._parameters, self._group, required)
         held, alike = gradient.squares(
             self._groups.numbers.__getitem__, self._groups.count, self._device

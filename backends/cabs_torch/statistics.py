@@ -79,7 +79,13 @@ class BatchStatistics(GradientStatistics):
         group_square_sum, norm_squared = squares
         loss = None if self.loss is None else float(numbers[-1])
         return GradientStatistics(
-            self.examples, self.groups, group_square_sum, norm_squared, self.estimated, loss
+            self.examples,
+            self.groups,
+            group_square_sum,
+            norm_squared,
+            self.estimated,
+            loss,
+            self.in_metric,
         )
 
 

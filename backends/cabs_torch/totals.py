@@ -115,6 +115,7 @@ class TotalStatistics(BatchStatistics):
         distributed = torch.distributed
         for name, value in {
             "measured": measured,
+            "in_metric": share.is_in_metric,
             "_share": share,
             "_ranks": distributed.get_world_size(group),
             "_is_grouped": is_grouped,
@@ -271,7 +272,9 @@ class TotalStatistics(BatchStatistics):
         sums: Any = np.reshape(numbers[7:-2], (2, -1))
         squares, norms = sums if self._is_grouped else sums[:, 0].tolist()
         loss = None if self._share.loss is None else numbers[5] / self.examples
-        return GradientStatistics(self.examples, self.groups, squares, norms, self.estimated, loss)
+        return GradientStatistics(
+            self.examples, self.groups, squares, norms, self.estimated, loss, self.in_metric
+        )
 
     def __repr__(self) -> str:
         return f"TotalStatistics({self.read()})"

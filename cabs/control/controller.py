@@ -13,6 +13,7 @@ from typing import Any
 from cabs.control.configuration import DEFAULT_SIZES, Configuration
 from cabs.control.costs import StepCost
 from cabs.control.decision import Decision, Observation, Reason, decide, initial_state, is_due
+from cabs.control.progress import check_metric
 from cabs.control.rules import PAPER, Rule
 from cabs.control.sizes import BatchSizes
 from cabs.control.state import carry_over, fingerprint_of, read_state, write_state
@@ -224,7 +225,8 @@ class Controller:
             TypeError: If an argument is no number, or ``statistics`` hold none.
             ValueError: If a learning rate is negative, the loss, or a variance that is due, is
                 missing or given twice, seconds are missing where the rule needs them or are
-                negative, or the numbers of parameter groups do not fit. Nothing has changed then.
+                negative, the statistics say that they are in another metric than the rule's, or
+                the numbers of parameter groups do not fit. Nothing has changed then.
 
         Example:
             Two parameter groups, and a step without a measurement:
@@ -289,6 +291,7 @@ class Controller:
                 "statistics must be cabs.GradientStatistics, or what an adapter returned, got "
                 f"{type(statistics).__name__}; give a number as variance_trace="
             )
+        check_metric(self._configuration.rule, numbers)
         is_biased = self._configuration.single_precision
         trace = numbers.biased_variance_trace if is_biased else numbers.variance_trace
         square = None

@@ -146,6 +146,26 @@ class Progress:
         return measured if self.overhead is None else self.overhead
 
 
+def check_metric(rule: object, statistics: object) -> None:
+    """Raise ValueError for statistics that say they are in another metric than the rule's."""
+    in_metric = getattr(statistics, "in_metric", None)
+    if in_metric is None or not isinstance(rule, Progress) or in_metric == rule.adaptive:
+        return
+    if in_metric:
+        raise ValueError(
+            "statistics are in the metric of an adaptive optimizer's step, and the rule is "
+            "cabs.Progress(adaptive=False), which takes plain ones; for Adam and its like give "
+            "cabs.Progress(adaptive=True), otherwise measure without the optimizer or its metric"
+        )
+    raise ValueError(
+        "statistics are not in the metric of an optimizer's step, which "
+        "cabs.Progress(adaptive=True) needs; measure with cabs_torch.backward(losses, "
+        "optimizer=optimizer), tape.gradient(..., optimizer=optimizer) or "
+        "cabs_jax.value_and_grad(..., metric=...), and for SGD, with momentum or without, give "
+        "cabs.Progress()"
+    )
+
+
 def _table(seconds: object) -> tuple[tuple[int, float], ...]:
     """Return the seconds of each size, by size."""
     pairs = seconds.items() if isinstance(seconds, Mapping) else seconds

@@ -123,6 +123,8 @@ class GradientStatistics:
         estimated: How many of the groups were not measured themselves: their squares are estimated
             from those of the others, as with a sample of the examples.
         loss: Mean loss of the examples, None if it is not known.
+        in_metric: Whether the squares are norms in the metric of an adaptive optimizer's step, as a
+            rule may need; None if nobody has said.
 
     The two squares may be 0-d tensors, or hold one value for each parameter group; estimates then
     do too, except :attr:`noise_scale`, which is that of all parameters together.
@@ -150,6 +152,7 @@ class GradientStatistics:
     gradient_norm_squared: Scalar
     estimated: int = 0
     loss: Scalar | None = None
+    in_metric: bool | None = None
 
     def __post_init__(self) -> None:
         examples = as_integer(self.examples, "examples", 1)
@@ -213,6 +216,7 @@ class GradientStatistics:
             _plain(self.gradient_norm_squared, "gradient_norm_squared"),
             self.estimated,
             None if self.loss is None else as_float(self.loss, "loss"),
+            self.in_metric,
         )
 
     def __add__(self, other: object) -> NoReturn:

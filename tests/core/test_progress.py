@@ -221,6 +221,32 @@ def test_statistics_hold_what_a_rule_needs():
         )
 
 
+@pytest.mark.parametrize(
+    ("in_metric", "adaptive", "message"),
+    [
+        (False, True, r"not in the metric .*optimizer=optimizer"),
+        (True, False, r"are in the metric .*adaptive=True"),
+        (True, True, None),
+        (False, False, None),
+        # Nobody has said.
+        (None, True, None),
+        (None, False, None),
+    ],
+)
+def test_statistics_in_another_metric_than_the_rule_s_are_refused(in_metric, adaptive, message):
+    statistics = GradientStatistics(4, 4, 50.0, 9.0, loss=2.0, in_metric=in_metric)
+    controller = Controller(16, rule=Progress(100.0, adaptive=adaptive))
+    if message is None:
+        assert not controller.update(statistics, learning_rate=0.1).held
+        return
+    before = controller.state_dict()
+    with pytest.raises(ValueError, match=message):
+        controller.update(statistics.read(), learning_rate=0.1)
+    assert controller.state_dict() == before
+    # Other rules take both.
+    assert not Controller(16, rule=CABS()).update(statistics, learning_rate=0.1).held
+
+
 def after(controller, rule, **settings):
     """Return a controller with another rule that goes on from the state of one."""
     other = Controller(16, rule=rule, **settings)

@@ -173,3 +173,6 @@ def test_the_rule_for_adam_takes_what_is_measured():
     (_, statistics), _ = cabs_jax.value_and_grad(loss, metric=metric)(weight, data)
     decision = controller.update(statistics, learning_rate=0.01)
     assert not decision.held
+    (_, plain), _ = jax.jit(cabs_jax.value_and_grad(loss))(weight, data)
+    with pytest.raises(ValueError, match="statistics are not in the metric"):
+        controller.update(plain, learning_rate=0.01)

@@ -162,6 +162,8 @@ def test_one_product_is_not_materialized_and_exact():
     assert float(statistics.group_square_sum) == pytest.approx(expected, rel=1e-5)
     controller = Controller(16, rule=Progress(overhead=100, adaptive=True))
     assert not controller.update(statistics, learning_rate=1e-3).held
+    with pytest.raises(ValueError, match="statistics are in the metric"):
+        Controller(16, rule=Progress(overhead=100)).update(statistics, learning_rate=1e-3)
 
 
 def test_what_is_not_known_is_refused():

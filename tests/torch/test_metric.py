@@ -419,3 +419,6 @@ def test_a_rule_takes_them():
         assert not decision.held
         optimizer.step()
     assert decision.batch_size > 0
+    plain = cabs_torch.backward(squares(model(inputs), targets))
+    with pytest.raises(ValueError, match="statistics are not in the metric"):
+        controller.update(plain, learning_rate=rates)
