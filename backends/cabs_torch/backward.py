@@ -5,7 +5,8 @@ PyTorch computes all of them; the statistics are exact up to rounding, or an err
 any gradient was written, or after the pass, if the measurement itself fails; on a GPU nothing waits
 for the device, except to try out an operation without a rule, to see which rows an index takes, or
 to notice what reduces gradients over ranks.
-Assumes that no hook on the way changes a gradient, and that one thread at a time trains the model.
+Assumes that no hook on the way, at a parameter's node included, changes a gradient, and that one
+thread at a time trains the model.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cabs.gradients.layout import Layout
 from cabs.values.scalars import as_integer
 from cabs_torch.engines import Engine, MeanGradient
 from cabs_torch.errors import describe_some
@@ -29,11 +29,12 @@ from cabs_torch.norms.arrays import Elementwise, TorchArrays
 from cabs_torch.norms.sums import ElementwiseSums, SquareSums
 from cabs_torch.optimizers import metric_of
 from cabs_torch.options import Groups, as_groups, check_beside
+from cabs_torch.plans import walked
 from cabs_torch.ranks import batch_of, check_whole, group_of, size_of, unreduced, weighed
 from cabs_torch.statistics import BatchStatistics
 from cabs_torch.summed import Summed, choose
 from cabs_torch.totals import Share, TotalStatistics
-from cabs_torch.walk import Policy, Walk
+from cabs_torch.walk import Found, Policy
 
 # Groups of examples for parameters that no rule covers.
 _GROUPS = 4
@@ -152,37 +153,15 @@ def backward(
         raise ValueError(
             f"uncovered must be 'error', 'microbatches' or 'ignore', got uncovered = {uncovered!r}"
         )
-    metric = None
-    if optimizer is not None:
-        microbatch = batch_size if group is None else None
-        check_beside(optimizer, parameters, parameter_groups, microbatch, uncovered)
-        metric = metric_of(optimizer)
-        if isinstance(optimizer, torch.optim.Optimizer):
-            parameter_groups = optimizer
-            if metric is not None:
-                # Squares of elements are of the whole.
-                check_whole(one for part in optimizer.param_groups for one in part["params"])
-    if parameters is not None and parameter_groups is not None:
-        raise ValueError(
-            "parameters and parameter_groups must not both be given; parameter_groups=[parameters] "
-            "gives the sums of one group"
-        )
-    is_grouped = parameter_groups is not None
-    if parameters is not None:
-        parameter_groups = [parameters]
-    wanted = None if parameter_groups is None else as_groups(parameter_groups)
-    start = Layout((examples,), 1, examples)
+    microbatch = batch_size if group is None else None
+    metric, wanted, is_grouped = _asked(
+        optimizer, parameters, parameter_groups, microbatch, uncovered
+    )
     numbers = None if wanted is None else wanted.numbers
-    walk = Walk([(losses, start)], strict=uncovered == "error", wanted=numbers)
+    walk = walked(losses, strict=uncovered == "error", wanted=numbers)
     measured = walk.measured
     found = {**walk.leaves, **walk.hidden, **(walk.refused if uncovered == "microbatches" else {})}
-    if wanted is not None:
-        wanted.check_measured(found)
-    if not found:
-        raise ValueError(
-            "losses must depend on a parameter that can be measured, got none; are all of them "
-            "frozen, left out by parameter_groups= or uncovered='ignore', or used under no_grad?"
-        )
+    _check_found(found, wanted)
     if uncovered == "ignore" and _are_news(walk):
         missing = [leaf.variable for leaf in walk.refused.values()]
         reason = walk.problems[id(missing[0])]
@@ -196,20 +175,20 @@ def backward(
         if uncovered == "microbatches"
         else (SquareSums(), SquareSums())
     )
+    is_summed = not bitwise and measured_examples == examples
+    arrays = TorchArrays(chunk) if metric is None else Elementwise(chunk)
+    one = choose(losses, walk, arrays) if is_summed else Summed()
+    elementwise = None if metric is None else ElementwiseSums()
+    measurement = Measurement(walk, measured_examples, arrays, one.meetings, elementwise)
+    trained = [leaf.variable for leaf in found.values()]
+    engine = None if group is None else Engine(trained, group)
     share = []
     with ExitStack() as hooks:
         last = losses.grad_fn
         assert last is not None
         see = last.register_prehook(lambda given: share.append(given[losses.output_nr][0]))
         hooks.callback(see.remove)
-        is_summed = not bitwise and measured_examples == examples
-        arrays = TorchArrays(chunk) if metric is None else Elementwise(chunk)
-        one = choose(losses, walk, arrays) if is_summed else Summed()
-        elementwise = None if metric is None else ElementwiseSums()
-        measurement = Measurement(walk, measured_examples, arrays, one.meetings, elementwise)
         hooks.enter_context(measurement)
-        trained = [leaf.variable for leaf in found.values()]
-        engine = None if group is None else Engine(trained, group)
         if engine is not None:
             hooks.callback(found[id(engine.parameter)].register_prehook(engine.see).remove)
         elif batch_size is not None:
@@ -239,44 +218,78 @@ def backward(
             sums = elementwise.weighted(weights)
     squares = summed(sums[0]) * (examples / measured_examples) / factor**2
     squares = squares + summed(estimated[0])
-    if engine is not None:
-        engine.check()
-        # Those that this rank's losses do not depend on too: others' may.
-        given = trained if wanted is None else wanted.parameters
-        left_out = walk.refused.keys() - found.keys()
-        gradient = MeanGradient([one for one in given if id(one) not in left_out], group, found)
-        norms, alike = gradient.squares(number_of, kept.count, device, weights)
-        batch = batch_of(examples, batch_size, group)
-        brought = Share(
-            examples,
-            batch,
-            is_told=batch_size is not None,
-            fingerprint=None if controller is None else controller.fingerprint,
-            loss=losses.detach().double().sum(),
-            squares=squares,
-            # The pass multiplied each loss by the ranks, of which the engine took the mean.
-            norms=norms / (factor * (batch / size_of(group))) ** 2,
-            alike=alike,
-            measured=measured_examples,
-            problem=gradient.problem,
-            before=engine.before,
-            is_in_metric=metric is not None,
-            seconds=None if controller is None else controller.own_seconds,
+    if engine is None:
+        means = summed(sums[1]) / (factor * examples) ** 2 + summed(estimated[1])
+        if not is_grouped:
+            squares, means = squares.squeeze(0), means.squeeze(0)
+        left, loss = examples - measured_examples, losses.detach().double().mean()
+        return BatchStatistics(
+            *(examples, examples, squares, means, left, loss),
+            in_metric=metric is not None,
+            measured=measured,
         )
-        return TotalStatistics(brought, group, measured=measured, is_grouped=is_grouped)
-    means = summed(sums[1]) / (factor * examples) ** 2 + summed(estimated[1])
-    if not is_grouped:
-        squares, means = squares.squeeze(0), means.squeeze(0)
-    estimated_examples = examples - measured_examples
-    mean_loss = losses.detach().double().mean()
-    return BatchStatistics(
-        *(examples, examples, squares, means, estimated_examples, mean_loss),
-        in_metric=metric is not None,
-        measured=measured,
+    engine.check()
+    # Those that this rank's losses do not depend on too: others' may.
+    given = trained if wanted is None else wanted.parameters
+    left_out = walk.refused.keys() - found.keys()
+    gradient = MeanGradient([one for one in given if id(one) not in left_out], group, found)
+    norms, alike = gradient.squares(number_of, kept.count, device, weights)
+    batch = batch_of(examples, batch_size, group)
+    brought = Share(
+        examples,
+        batch,
+        is_told=batch_size is not None,
+        fingerprint=None if controller is None else controller.fingerprint,
+        loss=losses.detach().double().sum(),
+        squares=squares,
+        # The pass multiplied each loss by the ranks, of which the engine took the mean.
+        norms=norms / (factor * (batch / size_of(group))) ** 2,
+        alike=alike,
+        measured=measured_examples,
+        problem=gradient.problem,
+        before=engine.before,
+        is_in_metric=metric is not None,
+        seconds=None if controller is None else controller.own_seconds,
     )
+    return TotalStatistics(brought, group, measured=measured, is_grouped=is_grouped)
 
 
-def _are_news(walk: Walk) -> bool:
+def _asked(
+    optimizer: Any, parameters: Any, parameter_groups: Any, batch_size: Any, uncovered: Policy
+) -> tuple[Any, Groups | None, bool]:
+    """Return the metric, what is measured, and whether that has groups."""
+    metric = None
+    if optimizer is not None:
+        check_beside(optimizer, parameters, parameter_groups, batch_size, uncovered)
+        metric = metric_of(optimizer)
+        if isinstance(optimizer, torch.optim.Optimizer):
+            parameter_groups = optimizer
+            if metric is not None:
+                # Squares of elements are of the whole.
+                check_whole(one for part in optimizer.param_groups for one in part["params"])
+    if parameters is not None and parameter_groups is not None:
+        raise ValueError(
+            "parameters and parameter_groups must not both be given; parameter_groups=[parameters] "
+            "gives the sums of one group"
+        )
+    if parameters is not None:
+        return metric, as_groups([parameters]), False
+    is_grouped = parameter_groups is not None
+    return metric, as_groups(parameter_groups) if is_grouped else None, is_grouped
+
+
+def _check_found(found: dict[int, Node], wanted: Groups | None) -> None:
+    """Raise ValueError if nothing is measured."""
+    if wanted is not None:
+        wanted.check_measured(found)
+    if not found:
+        raise ValueError(
+            "losses must depend on a parameter that can be measured, got none; are all of them "
+            "frozen, left out by parameter_groups= or uncovered='ignore', or used under no_grad?"
+        )
+
+
+def _are_news(walk: Found) -> bool:
     """Return whether some parameters were not left out before, and note that they are."""
     left_out = {key: leaf.variable for key, leaf in walk.refused.items()}
     known = [key in _left_out and _left_out[key]() is one for key, one in left_out.items()]
@@ -284,7 +297,7 @@ def _are_news(walk: Walk) -> bool:
     return not all(known)
 
 
-def _from_microbatches(losses: Tensor, walk: Walk) -> tuple[SquareSums, SquareSums]:
+def _from_microbatches(losses: Tensor, walk: Found) -> tuple[SquareSums, SquareSums]:
     """Estimate what no rule covers from groups of examples, with a backward pass for each.
 
     Returns what makes the formula for groups of one give the estimate from larger groups.

@@ -1,14 +1,16 @@
 """What is measured while the gradients flow back.
 
 Guarantees: gradients pass through as they are; every sum is taken where its parts are at hand, and
-nothing is kept longer than the last use of its parameter.
+nothing is kept longer than the last use of its parameter, but for small tensors, as many as fit
+into a chunk, which wait for others of their shapes. A small gradient of a parameter that held none
+is read where the pass has left it.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, Self
@@ -18,15 +20,18 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from cabs.gradients.terms import Formed, Materialized
-from cabs_torch.graph.autograd_nodes import Edge, Node, is_leaf, shape_of
+from cabs_torch.graph.autograd_nodes import Edge, Node, is_leaf, saved, shape_of
 from cabs_torch.graph.reentrant_checkpoints import watched
 from cabs_torch.norms import reductions
+from cabs_torch.norms.alike import Alike, add_alone
 from cabs_torch.norms.arrays import TorchArrays
 from cabs_torch.norms.sums import ElementwiseSums, SquareSums
+from cabs_torch.rules.parameter_gradients import looked_up
 from cabs_torch.rules.parameter_paths import back
-from cabs_torch.rules.uses import Use, coordinate_squares, of_same_square, total_squares
+from cabs_torch.rules.uses import Use, coordinate_squares, total_squares
 from cabs_torch.rules.uses import gradients as of_uses
-from cabs_torch.walk import Meeting, Outputs, Walk
+from cabs_torch.summed import is_reduced_over_ranks
+from cabs_torch.walk import Found, Meeting, Outputs, Walk
 
 
 class Measurement:
@@ -42,7 +47,7 @@ class Measurement:
 
     def __init__(
         self,
-        walk: Walk,
+        walk: Found,
         examples: int,
         arrays: TorchArrays,
         summed: Sequence[Meeting] = (),
@@ -52,6 +57,7 @@ class Measurement:
         """Over examples, of the norms of their shares of a gradient."""
         self.norms = SquareSums()
         """Of the gradient itself."""
+        self._alike = Alike(self.squares, arrays)
         self._elementwise = elementwise
         self._made: list[tuple[Edge, Tensor]] = []
         """Gradients that are sums of the examples', by what the operation took."""
@@ -62,35 +68,71 @@ class Measurement:
         self._hidden = walk.hidden.keys()
         self._leaves = list(walk.leaves.values())
         self._meetings: dict[Node, list[Meeting]] = defaultdict(list)
-        for meeting in walk.meetings:
-            self._meetings[meeting.node].append(meeting)
         origins = {meeting.source.origin: meeting.source for meeting in walk.meetings}
+        measured = set(self._leaves)
         self._computed = {
-            origin: [leaf for leaf in source.leaves if leaf in set(self._leaves)]
+            origin: [leaf for leaf in source.leaves if leaf in measured]
             for origin, source in origins.items()
             if not is_leaf(origin[0])
         }
+        met = Counter(leaf for one in walk.meetings for leaf in one.source.leaves)
+        behind = {leaf for leaves in self._computed.values() for leaf in leaves}
+        self._alone = {leaf for leaf, times in met.items() if times == 1} - behind
+        """Parameters of one use, which is all there is to know of them."""
+        self._waiting: dict[Node, list[Meeting]] = defaultdict(list)
+        for meeting in walk.meetings:
+            leaf, together = meeting.source.origin[0], meeting.input.together
+            if (
+                together is not None
+                and elementwise is None
+                and leaf in self._alone
+                and leaf not in self._summed
+                and together.examples == examples
+                and together.copied <= reductions.waiting(leaf.variable.device)
+            ):
+                self._waiting[meeting.node].append(meeting)
+            else:
+                self._meetings[meeting.node].append(meeting)
+        self._unseen: list[Node] = []
+        """Those whose gradients are read where they are left, once the pass is over."""
         self._sources = Counter(leaf for source in origins.values() for leaf in source.leaves)
         self._uses: dict[Edge, list[Use]] = defaultdict(list)
+        self._handles: list[Any] = []
         self._hooks = ExitStack()
-        self._is_pushing = False
+        self._is_pushing, self._is_exact = False, True
+        self._kinds: set[str] = set()
         self._failure: Exception | None = None
 
     def __enter__(self) -> Self:
+        self._kinds = {leaf.variable.device.type for leaf in self._leaves}
+        is_wide = torch.get_float32_matmul_precision() == "highest"
+        self._is_exact = is_wide and not any(map(torch.is_autocast_enabled, self._kinds))
+        is_seen = self._elementwise is not None or reductions.is_traced()
+        is_seen = is_seen or is_reduced_over_ranks()
         with ExitStack() as hooks:
             for node, meetings in self._meetings.items():
-                self._watch(hooks, node, partial(self._see, meetings))
+                self._watch(node, partial(self._see, meetings))
+            for node, meetings in self._waiting.items():
+                self._watch(node, partial(self._keep, node, meetings))
             for origin, leaves in self._computed.items():
-                self._watch(hooks, origin[0], partial(self._push, origin, leaves))
+                self._watch(origin[0], partial(self._push, origin, leaves))
             for leaf in self._leaves:
-                self._watch(hooks, leaf, partial(self._settle, leaf))
+                if not is_seen and leaf in self._alone and _is_left(leaf.variable):
+                    self._unseen.append(leaf)
+                else:
+                    self._watch(leaf, partial(self._settle, leaf))
             for node, outputs in self._checkpoints.items():
                 hooks.enter_context(watched(node, partial(self._look_inside, outputs)))
             self._hooks = hooks.pop_all()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
         self._hooks.close()
+        if kind is None:
+            with torch.no_grad():
+                self._guarded(self._finish, "the end", ())
         if self._failure is not None and kind is None:
             raise self._failure
 
@@ -100,37 +142,48 @@ class Measurement:
         tensors = [one for one in inputs if isinstance(one, Tensor)]
         walk = Walk(starts, strict=False, inputs=tensors, wanted=self._hidden)
         inside = Measurement(walk, self._examples, self._arrays, (), self._elementwise)
-        inside.squares, inside.norms = self.squares, self.norms
+        inside.squares, inside.norms, inside._alike = self.squares, self.norms, self._alike
         self._hooks.enter_context(inside)
 
-    def _watch(
-        self, hooks: ExitStack, node: Node, see: Callable[[Sequence[Tensor | None]], None]
-    ) -> None:
-        def hook(cotangents: Sequence[Tensor | None]) -> None:
-            if self._is_pushing or self._failure is not None:
-                return
-            try:
-                if _is_exact(cotangents):
-                    see(cotangents)
-                else:
-                    with _exact(cotangents):
-                        see(cotangents)
-            except Exception as error:
-                # The pass goes on: half of it would leave the gradients of some parameters.
-                state = (
-                    "some gradients are missing: set all to None before the next step"
-                    if self._summed
-                    else "the gradients are complete, as without statistics"
-                )
-                error.add_note(f"cabs: the statistics failed at {node.name()}; {state}")
-                self._failure = error
+    def _watch(self, node: Node, see: Callable[[Sequence[Tensor | None]], None]) -> None:
+        hook = partial(self._guarded, see, node.name())
+        self._handles.append(node.register_prehook(hook))
 
-        hooks.callback(node.register_prehook(hook).remove)
+    def _guarded(
+        self,
+        see: Callable[[Sequence[Tensor | None]], None],
+        name: str,
+        cotangents: Sequence[Tensor | None],
+    ) -> None:
+        if self._is_pushing or self._failure is not None:
+            return
+        try:
+            if self._is_exact:
+                see(cotangents)
+            else:
+                with _exact(self._kinds):
+                    see(cotangents)
+        except Exception as error:
+            # The pass goes on: half of it would leave the gradients of some parameters.
+            state = (
+                "some gradients are missing: set all to None before the next step"
+                if self._summed
+                else "the gradients are complete, as without statistics"
+            )
+            error.add_note(f"cabs: the statistics failed at {name}; {state}")
+            self._failure = error
+
+    def _finish(self, _: Sequence[Tensor | None] = ()) -> None:
+        """Measure what has waited for the end of the pass."""
+        self._alike.end()
+        for leaf in self._unseen:
+            if leaf.variable.grad is not None:
+                self.norms.square(leaf, leaf.variable.grad)
 
     def _see(self, meetings: Sequence[Meeting], cotangents: Sequence[Tensor | None]) -> None:
         """Note what an operation contributes."""
         for meeting in meetings:
-            term: Any = meeting.input.term(cotangents, self._examples)
+            term: Any = meeting.input.term(meeting.node, cotangents, self._examples)
             if term is None:
                 continue
             path, origin = meeting.source.path, meeting.source.origin
@@ -143,8 +196,27 @@ class Measurement:
                     squares, total = formed.coordinate_squares_and_sum(self._arrays)
                     self._elementwise.add(origin[0], back(squares, path)[0])
                 self._made.append((path[0] if path else origin, total[0]))
+            elif origin[0] in self._alone and self._elementwise is None:
+                add_alone(self.squares, origin[0], term, self._arrays)
             else:
                 self._uses[origin].append(Use(term, path))
+
+    def _keep(
+        self,
+        node: Node,
+        meetings: Sequence[Meeting],
+        cotangents: Sequence[Tensor | None],
+    ) -> None:
+        """Note what an operation contributes, to be measured with others."""
+        cotangent = cotangents[0]
+        if cotangent is None:
+            return
+        for meeting in meetings:
+            given: Any = meeting.input.together
+            operands = [saved(node, name) for name in given.reads]
+            operands.append(cotangent)
+            if not self._alike.add(meeting.source.origin[0], given, operands):
+                self._see([meeting], cotangents)
 
     def hand_over(self) -> None:
         """Give the parameters the gradients that PyTorch did not compute, by passes of their own.
@@ -162,6 +234,11 @@ class Measurement:
     def _push(self, origin: Edge, leaves: Sequence[Node], _: Sequence[Tensor | None]) -> None:
         """Push each example's gradient through what was computed from parameters alone."""
         uses = self._uses.pop(origin, [])
+        if uses and origin[0].next_functions[0][0] in leaves:
+            table = looked_up(origin[0], of_uses(uses, self._arrays, slice(None)))
+            if table is not None:
+                self._uses[leaves[0], 0].append(Use(table, ()))
+                return
         pushed: dict[Node, list[Tensor]] = defaultdict(list)
         dtype = origin[0]._input_metadata[origin[1]].dtype
         self._is_pushing = True
@@ -201,30 +278,33 @@ class Measurement:
             if gradient is not None:
                 self._elementwise.see(leaf, gradient)
             return
-        if uses:
-            rows = of_same_square(uses, self._arrays)
-            if rows is None:
-                self.squares.add(leaf, total_squares(uses, self._arrays))
-            else:
-                self.squares.square(leaf, rows)
+        if len(uses) == 1:
+            add_alone(self.squares, leaf, uses[0].term, self._arrays)
+        elif uses:
+            self.squares.add(leaf, total_squares(uses, self._arrays))
         if gradient is not None:
             self.norms.square(leaf, gradient)
 
 
-def _is_exact(tensors: Sequence[Tensor | None]) -> bool:
-    """Return whether products are computed in the precision of their operands as it is."""
-    if torch.get_float32_matmul_precision() != "highest":
-        return False
-    kinds = {tensor.device.type for tensor in tensors if tensor is not None}
-    return not any(torch.is_autocast_enabled(kind) for kind in kinds)
+def _is_left(parameter: Tensor) -> bool:
+    """Return whether a small gradient will be found in a parameter after the pass, and alone.
+
+    A large one is squared while it is in the processor's cache.
+    """
+    return (
+        parameter.grad is None
+        and parameter.requires_grad
+        and not parameter._post_accumulate_grad_hooks
+        and reductions.is_small(parameter)
+    )
 
 
 @contextmanager
-def _exact(tensors: Sequence[Tensor | None]) -> Iterator[None]:
+def _exact(kinds: Iterable[str]) -> Iterator[None]:
     """Compute in the precision of the operands, whatever autocast and TF32 say."""
     precision = torch.get_float32_matmul_precision()
     with ExitStack() as stack:
-        for kind in {tensor.device.type for tensor in tensors if tensor is not None}:
+        for kind in kinds:
             stack.enter_context(torch.autocast(kind, enabled=False))
         torch.set_float32_matmul_precision("highest")
         stack.callback(torch.set_float32_matmul_precision, precision)

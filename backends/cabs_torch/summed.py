@@ -20,7 +20,7 @@ from cabs_torch.graph.autograd_nodes import Node, is_leaf, name_of
 from cabs_torch.norms import reductions
 from cabs_torch.norms.arrays import TorchArrays
 from cabs_torch.rules.batch_axis import PERMUTING
-from cabs_torch.walk import Meeting, Walk
+from cabs_torch.walk import Found, Meeting
 
 # Products for a batch below which a gradient of its own costs more calls than it saves.
 _WORTHWHILE = 2**23
@@ -36,9 +36,17 @@ class Summed:
     """All other tensors behind the losses that have a gradient; None for no choice."""
 
 
-def choose(losses: Tensor, walk: Walk, arrays: TorchArrays) -> Summed:
+def choose(losses: Tensor, walk: Found, arrays: TorchArrays) -> Summed:
     """Return the parameters whose gradients are summed from those of the examples."""
-    if walk.checkpoints or reductions.is_traced() or _is_reduced_over_ranks():
+    if walk.checkpoints or reductions.is_traced() or is_reduced_over_ranks():
+        return Summed()
+    worthwhile = {
+        id(meeting)
+        for meeting in walk.meetings
+        if meeting.input.spared is not None
+        and meeting.input.spared(meeting.node, arrays) * len(losses) >= _WORTHWHILE
+    }
+    if not worthwhile:
         return Summed()
     uses = Counter(leaf for meeting in walk.meetings for leaf in meeting.source.leaves)
     usable = [
@@ -48,12 +56,11 @@ def choose(losses: Tensor, walk: Walk, arrays: TorchArrays) -> Summed:
         and uses[meeting.source.origin[0]] == 1
         and all(name_of(node) in _STRAIGHT for node, _ in meeting.source.path)
     ]
-    worthwhile = [one for one in usable if one.input.spared(arrays) * len(losses) >= _WORTHWHILE]
-    if not worthwhile:
-        return Summed()
     # A convolution leaves out the gradient of its weight only together with that of its bias.
-    nodes = {one.node for one in worthwhile if name_of(one.node) == "Convolution"}
-    candidates = [one for one in usable if one in worthwhile or one.node in nodes]
+    nodes = {
+        one.node for one in usable if id(one) in worthwhile and name_of(one.node) == "Convolution"
+    }
+    candidates = [one for one in usable if id(one) in worthwhile or one.node in nodes]
     leaves, behind = _behind(losses.grad_fn, {one.source.origin[0] for one in candidates})
     chosen = [
         meeting
@@ -79,7 +86,7 @@ _STRAIGHT = frozenset({*PERMUTING, "ToCopy"})
 """Operations on a parameter whose backward pass costs nothing worth speaking of."""
 
 
-def _is_reduced_over_ranks() -> bool:
+def is_reduced_over_ranks() -> bool:
     """Return whether somebody may wait for each gradient, to send it to other processes."""
     distributed = torch.distributed
     return distributed.is_available() and distributed.is_initialized()

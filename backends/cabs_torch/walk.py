@@ -26,8 +26,9 @@ from cabs_torch.graph.autograd_nodes import (
 )
 from cabs_torch.graph.reentrant_checkpoints import is_reentrant_checkpoint, run_again
 from cabs_torch.ranks import is_distributed
-from cabs_torch.rules.batch_axis import ELEMENTWISE
-from cabs_torch.rules.parameter_gradients import ParameterInput, enter
+from cabs_torch.rules.batch_axis import ELEMENTWISE, LOOKING
+from cabs_torch.rules.broadcast import ParameterInput
+from cabs_torch.rules.parameter_gradients import enter
 from cabs_torch.rules.parameter_paths import Source, source_of
 from cabs_torch.rules.probing import Calls, check, positions
 
@@ -46,7 +47,36 @@ class Meeting(NamedTuple):
     source: Source
 
 
-class Walk:
+class Found:
+    """What a walk has found."""
+
+    def __init__(self) -> None:
+        self.meetings: list[Meeting] = []
+        self.leaves: dict[int, Node] = {}
+        """By the parameter's id, the nodes of those that are covered."""
+        self.refused: dict[int, Node] = {}
+        """The nodes of those that are not."""
+        self.problems: dict[int, str] = {}
+        """What is the matter with them."""
+        self.checkpoints: dict[Node, Outputs] = {}
+        """The reentrant checkpoints, with the layouts of their outputs."""
+        self.hidden: dict[int, Node] = {}
+        """By the id, the parameters that are met inside of them."""
+        self.elements = 0
+        """How many all parameters have, wanted or not."""
+
+    @property
+    def measured(self) -> float:
+        """Which share of the parameters' elements is covered, and wanted."""
+        return _elements({**self.leaves, **self.hidden}) / max(self.elements, 1)
+
+    @property
+    def missing(self) -> float:
+        """Which share of the parameters' elements is wanted, and not covered."""
+        return _elements(self.refused) / max(self.elements, 1)
+
+
+class Walk(Found):
     """One walk from the losses, or from some outputs, to the parameters.
 
     Args:
@@ -67,25 +97,18 @@ class Walk:
         inputs: Sequence[Tensor] = (),
         wanted: Container[int] | None = None,
     ) -> None:
-        self.meetings: list[Meeting] = []
-        self.leaves: dict[int, Node] = {}
-        """By the parameter's id, the nodes of those that are covered."""
-        self.refused: dict[int, Node] = {}
-        """The nodes of those that are not."""
-        self.problems: dict[int, str] = {}
-        """What is the matter with them."""
-        self.checkpoints: dict[Node, Outputs] = {}
-        """The reentrant checkpoints, with the layouts of their outputs."""
+        super().__init__()
         self.arrived: dict[int, Layout] = {}
         """By the id, where the examples lie in the inputs."""
-        self.hidden: dict[int, Node] = {}
-        """By the id, the parameters that are met inside of them."""
+        self.is_structural = True
+        """Whether values and what a user's code does had no part in it."""
         self._strict = strict
         self._wanted = wanted
         self._inputs = {id(tensor) for tensor in inputs}
         self._hidden: dict[Edge, tuple[list[Layout | None], Walk]] = {}
         self._outputs: dict[Node, Outputs] = {}
         self._met: set[tuple[Node, int]] = set()
+        self._shared: dict[Node, None] = {}
         self._calls: dict[Node, Calls] = {}
         self._tried: set[Node] = set()
         # A stack of its own, since graphs can be deeper than Python's.
@@ -126,9 +149,11 @@ class Walk:
         """Note an input that is a parameter's, or return the layout of one that is the data's."""
         if is_sink(node):
             return layout if index == output else None
+        self.is_structural &= name_of(node) not in LOOKING
         try:
             found = enter(node, output, layout, index, shape_of(edge))
         except UnknownError:
+            self.is_structural = False
             if is_reentrant_checkpoint(node):
                 return self._look_inside(node, output, layout, index)
             if node not in self._tried:
@@ -144,6 +169,7 @@ class Walk:
         if (node, index) not in self._met:
             self._met.add((node, index))
             if found is None:
+                self.is_structural = False
                 calls = self._calls.setdefault(node, Calls(node, self._outputs[node]))
                 found = calls.parameter_input(index)
             self._meet(node, edge, found)
@@ -163,10 +189,11 @@ class Walk:
 
     def _meet(self, node: Node, edge: Edge, found: ParameterInput) -> None:
         try:
-            source = source_of(edge)
+            source, inside = source_of(edge)
         except MixedError as problem:
             self._refuse(edge[0], str(problem), problem.node)
             return
+        self._shared.update(dict.fromkeys(inside))
         if source.is_lookup and name_of(node) not in ELEMENTWISE:
             self._refuse(
                 edge[0],
@@ -192,14 +219,11 @@ class Walk:
 
     def _close(self) -> None:
         """Drop what cannot be measured as a whole."""
-        for meeting in self.meetings:
-            inside = (*meeting.source.inside, *(node for node, _ in meeting.source.path))
-            for node in inside:
-                if node in self._outputs and not is_leaf(node):
-                    self._refuse(
-                        node,
-                        "is data of examples in one use and a shared parameter in another",
-                    )
+        for node in self._shared:
+            if node in self._outputs and not is_leaf(node):
+                self._refuse(
+                    node, "is data of examples in one use and a shared parameter in another"
+                )
         # A checkpoint runs a backward pass of its own, which does not see other uses.
         behind: dict[Node, dict[int, Node]] = {}
         for (node, _), (_, walk) in self._hidden.items():
@@ -212,7 +236,7 @@ class Walk:
                 if uses[key] > 1:
                     self._refuse(leaf, "is used inside of a reentrant checkpoint and elsewhere")
                 self.hidden[key] = leaf
-        self._elements = _elements({**self.leaves, **self.hidden, **self.refused})
+        self.elements = _elements({**self.leaves, **self.hidden, **self.refused})
         if self._wanted is not None:
             self.refused = _only(self.refused, self._wanted)
             self.leaves, self.hidden = (_only(x, self._wanted) for x in (self.leaves, self.hidden))
@@ -221,16 +245,6 @@ class Walk:
                 leaves.pop(key, None)
         measured = set(self.leaves.values())
         self.meetings = [one for one in self.meetings if not measured.isdisjoint(one.source.leaves)]
-
-    @property
-    def measured(self) -> float:
-        """Which share of the parameters' elements is covered, and wanted."""
-        return _elements({**self.leaves, **self.hidden}) / max(self._elements, 1)
-
-    @property
-    def missing(self) -> float:
-        """Which share of the parameters' elements is wanted, and not covered."""
-        return _elements(self.refused) / max(self._elements, 1)
 
     def _all_meetings(self) -> Iterator[Meeting]:
         yield from self.meetings
@@ -277,7 +291,7 @@ def _only(leaves: dict[int, Node], wanted: Container[int]) -> dict[int, Node]:
 def _is_parameter(edge: Edge) -> bool:
     """Return whether an input is a parameter itself, rearranged perhaps."""
     try:
-        return is_leaf(source_of(edge).origin[0])
+        return is_leaf(source_of(edge)[0].origin[0])
     except MixedError:
         return False
 

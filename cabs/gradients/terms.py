@@ -114,8 +114,13 @@ class Product:
     @classmethod
     def of_matrix(cls, left: Array, right: Array, shape: Shape) -> Product:
         """Return the gradients of a parameter of shape (k, h) or (E, k, h), or (k,) for h = 1."""
+        return cls(left, right, shape, *cls.axes(shape))
+
+    @staticmethod
+    def axes(shape: Shape) -> tuple[Shape, Shape, Shape]:
+        """Return which axes of such a parameter are those of E, of k and of h."""
         axes, at = tuple(range(len(shape))), max(len(shape) - 2, 0)
-        return cls(left, right, shape, axes[:at], axes[at : at + 1], axes[at + 1 :])
+        return axes[:at], axes[at : at + 1], axes[at + 1 :]
 
     @property
     def operands(self) -> tuple[Array, ...]:

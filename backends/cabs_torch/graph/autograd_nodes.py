@@ -7,7 +7,7 @@ changing anything; a value that can be unpacked only once can still be unpacked 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from typing import Any, TypeAlias
@@ -88,8 +88,13 @@ def signed(number: int) -> int:
 
 def saved(node: Node, name: str) -> Tensor:
     """Return a tensor that a node saved."""
-    with _kept([getattr(node, f"_raw_saved_{name}")]):
-        tensor: Tensor = getattr(node, f"_saved_{name}")
+    packed = getattr(node, f"_raw_saved_{name}")
+    tensor: Tensor
+    if packed.unpack_hook is None:
+        tensor = getattr(node, f"_saved_{name}")
+    else:
+        with _kept([packed]):
+            tensor = getattr(node, f"_saved_{name}")
     return tensor
 
 
@@ -147,6 +152,16 @@ def check_saved(node: Node, *names: str) -> None:
             )
         if packed.unpack_hook is None and packed.data.layout is not torch.strided:
             raise MixedError("has a sparse input")
+
+
+def are_at_hand(node: Node, names: Iterable[str]) -> bool:
+    """Return whether tensors that a node saved pass :func:`check_saved`."""
+    for name in names:
+        packed = getattr(node, f"_raw_saved_{name}")
+        data = packed.data
+        if data is None or (data.__class__ is Tensor and data.layout is not torch.strided):
+            return False
+    return True
 
 
 def is_packed(node: Node) -> bool:

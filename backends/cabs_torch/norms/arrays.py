@@ -41,9 +41,11 @@ class TorchArrays:
     def contract(self, left: Tensor, right: Tensor, axis: int) -> Tensor:
         left, right = self.wide(left), self.wide(right)
         left, right = (left.mT, right) if axis == 2 else (left, right.mT)
-        if left.shape[:2] == right.shape[:2] == (1, 1):
-            # Faster than a batch of one.
-            return (left[0, 0] @ right[0, 0])[None, None]
+        if left.shape[1] == right.shape[1] == 1:
+            # Faster than a batch of batches, and one matrix faster than a batch of one.
+            if len(left) == len(right) == 1:
+                return (left[0, 0] @ right[0, 0])[None, None]
+            return torch.bmm(left.squeeze(1), right.squeeze(1)).unsqueeze(1)
         return left @ right
 
     def squares(self, array: Tensor) -> Tensor:

@@ -25,8 +25,17 @@ _CACHED = 2**17
 # Squares summed in single precision before the sum goes on in double.
 _BLOCK = 2048
 
+_WIDE = (torch.float32, torch.float64)
+
 # Elements up to which squares are summed in double precision at once.
 _SMALL = 2**14
+
+
+# Elements that are copied in about the time of the calls for one parameter, measured.
+_COPIED = 2**16
+
+# Elements that a GPU copies while a kernel is launched.
+_LAUNCHED = 2**18
 
 
 _is_traced: ContextVar[bool] = ContextVar("is_traced", default=False)
@@ -103,6 +112,18 @@ def is_small(tensor: Tensor) -> bool:
     return tensor.numel() <= _SMALL
 
 
+def waiting(device: torch.device) -> int:
+    """Return up to how many elements are copied to save a call."""
+    if is_traced():
+        return 0
+    return _COPIED if may_look(device) else _LAUNCHED
+
+
+def chunks(elements: int) -> int:
+    """Return how many times there are as many elements as the temporaries of a chunk may have."""
+    return elements // _CHUNK
+
+
 def squares_of(found: Sequence[Tensor], device: torch.device) -> Tensor:
     """Return the sum of squares of vectors, such as :func:`partial_norms` gives."""
     if not found:
@@ -135,9 +156,10 @@ def dense(gradient: Tensor) -> Tensor:
 
 def at_least_single(tensor: Tensor) -> Tensor:
     """Return the tensor in single precision, or in double if it is."""
-    return tensor.to(single_or_double(tensor))
+    return tensor if tensor.dtype in _WIDE else tensor.to(single_or_double(tensor))
 
 
 def single_or_double(tensor: Tensor) -> torch.dtype:
     """Return the precision in which sums over a tensor's elements are taken."""
-    return torch.promote_types(tensor.dtype, torch.float32)
+    dtype = tensor.dtype
+    return dtype if dtype in _WIDE else torch.promote_types(dtype, torch.float32)

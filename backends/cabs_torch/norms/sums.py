@@ -1,6 +1,6 @@
 """Sums of squares over the tensors of one pass, by the parameters that they belong to.
 
-Guarantees: tensors of few elements are squared together when the sums are read, by one call for
+Guarantees: tensors of few elements are squared together when the sums are read, by few calls for
 all, since calls are what they cost; sums are taken in float64; no large tensor is kept, but for
 elementwise squares, one in the shape of each parameter.
 """
@@ -21,7 +21,7 @@ class SquareSums:
 
     def __init__(self) -> None:
         self._squares: list[tuple[Any, Tensor]] = []
-        self._norms: list[tuple[Any, Tensor]] = []
+        self._norms: list[tuple[list[Any], Tensor]] = []
         self._small: list[tuple[Any, Tensor]] = []
 
     def add(self, owner: Any, square: Tensor) -> None:
@@ -31,9 +31,14 @@ class SquareSums:
     def square(self, owner: Any, tensor: Tensor) -> None:
         """Add the squares of a tensor's elements; it can be sparse."""
         if tensor.is_sparse or not reductions.is_small(tensor) or reductions.is_traced():
-            self._norms.extend((owner, one) for one in reductions.partial_norms(tensor))
+            norms = reductions.partial_norms(tensor)
+            self._norms.extend(([owner] * len(one), one) for one in norms)
         else:
             self._small.append((owner, tensor))
+
+    def square_rows(self, owners: list[Any], rows: Tensor) -> None:
+        """Add the squares of a matrix, of which each row has an owner."""
+        self._norms.append((owners, torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)))
 
     def weigh(self, owner: Any, tensor: Tensor, weight: Callable[[slice], Tensor | float]) -> None:
         """Add the squares of a tensor's elements, each times the weight of its part."""
@@ -44,26 +49,37 @@ class SquareSums:
 
     def by_group(self, number_of: Callable[[Any], int], count: int, device: torch.device) -> Tensor:
         """Return the sums by the numbers of their owners, shape (count,)."""
-        numbers: list[int] = []
         parts: list[Tensor] = []
         if self._small:
-            found = torch._foreach_norm([one for _, one in self._small], 2, dtype=torch.float64)
-            parts.append(torch.stack([one.to(device) for one in found]).square())
-            numbers.extend(number_of(owner) for owner, _ in self._small)
+            parts.append(_norms([one for _, one in self._small], count > 1, device).square())
         if self._squares:
             parts.append(torch.stack([one.to(device) for _, one in self._squares]))
-            numbers.extend(number_of(owner) for owner, _ in self._squares)
         if self._norms:
             parts.append(torch.cat([one.to(device) for _, one in self._norms]).double().square())
-            for owner, one in self._norms:
-                numbers.extend([number_of(owner)] * len(one))
-        total = torch.zeros(count, dtype=torch.float64, device=device)
         if not parts:
-            return total
+            return torch.zeros(count, dtype=torch.float64, device=device)
         whole = torch.cat(parts) if len(parts) > 1 else parts[0]
         if count == 1:
             return whole.sum().reshape(1)
-        return total.index_add_(0, torch.tensor(numbers, device=device), whole)
+        owners = [owner for owner, _ in (*self._small, *self._squares)]
+        owners += [owner for some, _ in self._norms for owner in some]
+        numbers = torch.tensor([number_of(owner) for owner in owners], device=device)
+        return whole.new_zeros(count).index_add_(0, numbers, whole)
+
+
+def _norms(tensors: list[Tensor], is_each: bool, device: torch.device) -> Tensor:
+    """Return norms in float64, of each tensor, or of a chunk of those of one type together."""
+    if is_each:
+        found = torch._foreach_norm(tensors, 2, dtype=torch.float64)
+        return torch.stack([one.to(device) for one in found])
+    alike: dict[object, list[Tensor]] = {}
+    total = 0
+    for one in tensors:
+        total += one.numel()
+        alike.setdefault((one.device, one.dtype, reductions.chunks(total)), []).append(one)
+    flat = map(torch._utils._flatten_dense_tensors, alike.values())
+    norms = [torch.linalg.vector_norm(one, dtype=torch.float64).to(device) for one in flat]
+    return torch.stack(norms)
 
 
 Weights = Callable[[Tensor], Callable[[slice], Tensor | float]]

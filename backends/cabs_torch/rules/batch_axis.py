@@ -279,5 +279,7 @@ _RULES: dict[str, _Rule] = {
 
 ELEMENTWISE = frozenset(_ELEMENTWISE)
 """Operations whose output at a place depends on the inputs at that place, after broadcasting."""
+LOOKING = frozenset({"Index"})
+"""Operations of which a rule looks at tensors that they saved."""
 MIXING = frozenset({*_ALONG, *_REDUCING, *_SPLITTING, "Cat"})
 """Operations that run along some of the axes."""

@@ -17,7 +17,8 @@ def take(layout: Layout, tensor: Tensor, examples: int) -> Tensor:
     """Return the first examples' parts of a tensor, shape (examples, *layout.one)."""
     axis, inside = layout.axis()
     if axis == 0 and inside == 1:
-        return tensor.reshape(layout.examples, -1, *tensor.shape[1:])[:examples]
+        rows = tensor.reshape(layout.examples, -1, *tensor.shape[1:])
+        return rows if examples == layout.examples else rows[:examples]
     split = (*layout.shape[:axis], inside, layout.examples, -1, *layout.shape[axis + 1 :])
     taken = tensor.reshape(split).movedim(axis + 1, 0)[:examples]
     return taken.flatten(axis + 1, axis + 2)

@@ -33,19 +33,14 @@ class Source(NamedTuple):
     """The parameter itself, or the last operation that does more than rearrange."""
     path: tuple[Edge, ...]
     """The operations that rearrange it, the nearest to the batch first."""
-    inside: frozenset[Node]
-    """The origin and all operations behind it."""
+    leaves: tuple[Node, ...]
+    """The parameters that it is made of."""
     is_lookup: bool
     """Whether rows were taken out of a table, perhaps one for each example."""
 
-    @property
-    def leaves(self) -> list[Node]:
-        """The parameters that it is made of."""
-        return [node for node in self.inside if is_leaf(node)]
 
-
-def source_of(edge: Edge) -> Source:
-    """Return where a value that is shared by all examples comes from.
+def source_of(edge: Edge) -> tuple[Source, list[Node]]:
+    """Return where a value that is shared by all examples comes from, and all nodes behind it.
 
     Raises:
         MixedError: If it could depend on the batch.
@@ -55,7 +50,9 @@ def source_of(edge: Edge) -> Source:
         path.append(edge)
         edge = edge[0].next_functions[0]
     kinds = _kinds(edge[0])
-    return Source(edge, tuple(path), frozenset(kinds), kinds[edge[0]])
+    leaves = tuple(node for node in kinds if is_leaf(node))
+    source = Source(edge, tuple(path), leaves, kinds[edge[0]])
+    return source, [*kinds, *(node for node, _ in path)]
 
 
 def _kinds(origin: Node) -> dict[Node, bool]:

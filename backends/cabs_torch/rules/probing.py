@@ -28,8 +28,8 @@ from cabs_torch.graph.autograd_nodes import (
 )
 from cabs_torch.norms import reductions
 from cabs_torch.ranks import is_distributed
+from cabs_torch.rules.broadcast import ParameterInput
 from cabs_torch.rules.layout import only
-from cabs_torch.rules.parameter_gradients import ParameterInput
 
 
 def check(node: Node) -> None:
@@ -171,7 +171,7 @@ class Calls:
         """Return the node's ``index``-th input, as that of a parameter."""
         self._waiting.add(index)
 
-        def term(cotangents: Sequence[Tensor | None], examples: int) -> Term | None:
+        def term(_: Node, cotangents: Sequence[Tensor | None], examples: int) -> Term | None:
             if not self._rows:
                 self._rows = [self._call(cotangents, example) for example in range(examples)]
             rows = [row[index] for row in self._rows]

@@ -96,6 +96,11 @@ def register_rule(function: type | str, parameters: Mapping[int, Rule]) -> None:
     _rules[function] = dict(parameters)
 
 
+def registered() -> dict[object, dict[int, Rule]]:
+    """Return all rules, as they are now."""
+    return dict(_rules)
+
+
 def rules_of(node: Node) -> dict[int, Rule] | None:
     """Return the rules that are registered for a node's operation."""
     if not _rules:
@@ -127,7 +132,7 @@ def check_leading(layout: Layout) -> None:
 
 
 def term(
-    node: Node, rule: Rule, shape: Shape, cotangents: Sequence[Tensor | None], examples: int
+    rule: Rule, shape: Shape, node: Node, cotangents: Sequence[Tensor | None], examples: int
 ) -> Term | None:
     """Return what a rule says of the first examples; None if no gradient passes.
 

@@ -13,17 +13,13 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from cabs.gradients import outer_products
 from cabs.gradients.layout import Shape
-from cabs.gradients.terms import ElementwiseTerm, Lookup, Materialized, Product, as_one, together
+from cabs.gradients.terms import ElementwiseTerm, Lookup, Product, as_one, together
 from cabs_torch.graph.autograd_nodes import Edge, name_of, shape_of
 from cabs_torch.norms import reductions
 from cabs_torch.norms.arrays import TorchArrays
 from cabs_torch.rules.batch_axis import KEEPING, PERMUTING, permutation
 from cabs_torch.rules.parameter_paths import MULTIPLE, back, settings
-
-# Products that take no longer than ten calls.
-_FEW = 2**19
 
 
 @dataclass(frozen=True)
@@ -122,27 +118,6 @@ def _by_part(uses: Sequence[Use]) -> list[list[Use]] | None:
 def _chunks(uses: Sequence[Use], arrays: TorchArrays) -> Iterator[slice]:
     """Yield slices of examples, of which the gradients of uses are at hand together."""
     return arrays.parts(len(uses[0].term.operands[0]), 2 * math.prod(uses[0].shape))
-
-
-def of_same_square(uses: Sequence[Use], arrays: TorchArrays) -> Tensor | None:
-    """Return a tensor with the sum of squares of a parameter's gradients, if few calls give one.
-
-    That are the gradients themselves, where they take few products, or the products of two norms
-    each for matrices that are met at one position. None otherwise.
-    """
-    if len(uses) > 1:
-        return None
-    term = uses[0].straight().term
-    if isinstance(term, Materialized):
-        given: Tensor = term.gradients
-        return given
-    found: Tensor | None = None
-    if isinstance(term, Product):
-        if term.left.numel() * term.right.shape[-1] <= _FEW:
-            found = outer_products.gradient(arrays, term.left, term.right)
-        elif term.left.shape[2] == 1:
-            found = outer_products.norms(arrays, term.left, term.right)
-    return found
 
 
 def gradients(uses: Sequence[Use], arrays: TorchArrays, part: slice) -> Tensor:
