@@ -9,7 +9,7 @@ Every sum is a 0-d float64 tensor.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
@@ -86,7 +86,9 @@ def blocks(rows: Tensor) -> Iterator[slice]:
 def square(tensor: Tensor) -> Tensor:
     """Return the sum of squares of all elements."""
     found = partial_norms(tensor)
-    return found[0].square().squeeze(0) if len(found[0]) == 1 else squares_of(found, tensor.device)
+    whole = found[0] if len(found) == 1 else torch.cat(found)
+    norm: Tensor = torch.linalg.vector_norm(whole, dtype=torch.float64)
+    return norm.square()
 
 
 def partial_norms(tensor: Tensor) -> list[Tensor]:
@@ -122,14 +124,6 @@ def waiting(device: torch.device) -> int:
 def chunks(elements: int) -> int:
     """Return how many times there are as many elements as the temporaries of a chunk may have."""
     return elements // _CHUNK
-
-
-def squares_of(found: Sequence[Tensor], device: torch.device) -> Tensor:
-    """Return the sum of squares of vectors, such as :func:`partial_norms` gives."""
-    if not found:
-        return zero(device)
-    total: Tensor = torch.cat([one.to(device) for one in found]).double().square().sum()
-    return total
 
 
 def with_squares(total: Tensor | None, rows: Tensor) -> Tensor:
