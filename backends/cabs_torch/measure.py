@@ -110,6 +110,7 @@ class Measurement:
         is_seen = self._elementwise is not None or reductions.is_traced()
         is_seen = is_seen or is_reduced_over_ranks()
         with ExitStack() as hooks:
+            hooks.callback(self._forget)
             for node, meetings in self._meetings.items():
                 self._watch(node, partial(self._see, meetings))
             for node, meetings in self._waiting.items():
@@ -127,14 +128,16 @@ class Measurement:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        for handle in self._handles:
-            handle.remove()
         self._hooks.close()
         if kind is None:
             with torch.no_grad():
                 self._guarded(self._finish, "the end", ())
         if self._failure is not None and kind is None:
             raise self._failure
+
+    def _forget(self) -> None:
+        for handle in self._handles:
+            handle.remove()
 
     def _look_inside(self, layouts: Outputs, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
         """Measure the backward pass that a checkpoint is about to run."""
