@@ -1,6 +1,7 @@
 """Exact gradient statistics for TensorFlow, from the backward pass that training does anyway.
 
-Guarantees: measures, feeds, and decides nothing; gradients are those of ``tf.GradientTape``.
+Guarantees: measures, feeds, and decides nothing; gradients are those of ``tf.GradientTape``,
+to rounding.
 """
 
 from cabs.gradients.errors import UncoveredParameterError

@@ -5,8 +5,9 @@ Guarantees: a variable's gradients are added over its uses before they are squar
 
 from __future__ import annotations
 
+import math
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import Any
 
 import tensorflow as tf
@@ -17,9 +18,11 @@ from cabs_tensorflow.errors import uncovered
 from cabs_tensorflow.graph.program import Call, Program
 from cabs_tensorflow.graph.symbolic_shapes import Sizes
 from cabs_tensorflow.norms import reductions
+from cabs_tensorflow.norms.arrays import ARRAYS
 from cabs_tensorflow.rules.batch_axis import check_inside
 from cabs_tensorflow.rules.layout import Batch
-from cabs_tensorflow.rules.uses import total_squares, weighted_squares
+from cabs_tensorflow.rules.parameter_gradients import ParameterInput
+from cabs_tensorflow.rules.uses import formed_to_be_summed, total_squares, weighted_squares
 from cabs_tensorflow.walk import Walk
 
 
@@ -65,6 +68,10 @@ class Measurement:
             tf.shape(losses)[0] if examples is None else examples, sample, self._sizes.known
         )
         self._targets = self._find_targets()
+        self._known: dict[str, Any] = {}
+        self._uses: dict[int, list[tuple[Term, ParameterInput]]] = defaultdict(list)
+        self._squares: dict[int, Any] = {}
+        """Of leaves whose gradients were summed up, of all elements or of each."""
 
     @property
     def taken(self) -> Any:
@@ -92,19 +99,11 @@ class Measurement:
             for used in found
         ]
 
-    def square_sums(
-        self, cotangents: Sequence[Any], weights: Sequence[Any] | None = None
-    ) -> list[Any]:
-        """Return for each leaf the sum over examples of the squared norms, None where it is zero.
-
-        Args:
-            cotangents: Those of the targets, None where they are zero.
-            weights: What each element's square counts, for each leaf in its shape; None for one.
-        """
-        known = dict(zip(self._targets[None], cotangents, strict=True))
+    def see(self, cotangents: Sequence[Any]) -> None:
+        """Note the cotangents of the targets, None where they are zero."""
+        known = self._known = dict(zip(self._targets[None], cotangents, strict=True))
         for name, call in self._program.calls.items():
             self._look_inside(name, call, known)
-        terms: dict[int, list[Term]] = defaultdict(list)
         for entered, source in self._walk.meetings:
             cotangent = known.get(entered.target.name)
             if cotangent is None:
@@ -115,16 +114,55 @@ class Measurement:
             except MixedError as problem:
                 raise self._walk.error(entered.tensor, entered.operation, str(problem)) from None
             for leaf, one in found.items():
-                terms[leaf].append(one)
-        sums = {
-            leaf: total_squares(some)
-            if weights is None or weights[leaf] is None
-            else weighted_squares(some, weights[leaf])
-            for leaf, some in terms.items()
-        }
+                self._uses[leaf].append((one, entered))
+
+    def sum_up(self, leaves: Container[int], *, is_elementwise: bool) -> dict[int, Any]:
+        """Return gradients that are the sums of the examples', which are squared on the way.
+
+        They are those of variables whose gradients are materialized for each example, and which are
+        used once, not in a function that is called: that computes its gradients in any case.
+
+        Args:
+            leaves: Of which leaves gradients are wanted.
+            is_elementwise: Whether weights will be given for the squares.
+        """
+        made = {}
+        for leaf, some in self._uses.items():
+            ((term, entered), *more) = some
+            if more or leaf not in leaves or entered.operation.name in self._program.owners:
+                continue
+            formed = formed_to_be_summed(term, math.prod(entered.layout.one))
+            if formed is None:
+                continue
+            if is_elementwise:
+                squares, total = formed.coordinate_squares_and_sum(ARRAYS)
+                self._squares[leaf] = squares[0]
+            else:
+                self._squares[leaf], total = formed.squares_and_sum(ARRAYS)
+            # As the operation took the variable, in half precision perhaps.
+            made[leaf] = tf.cast(total[0], entered.tensor.dtype)
+        return made
+
+    def square_sums(self, weights: Sequence[Any] | None = None) -> list[Any]:
+        """Return for each leaf the sum over examples of the squared norms, None where it is zero.
+
+        Args:
+            weights: What each element's square counts, for each leaf in its shape; None for one.
+        """
+        sums = {}
+        for leaf, some in self._uses.items():
+            weight = None if weights is None else weights[leaf]
+            squares = self._squares.get(leaf)
+            if squares is not None:
+                if weight is not None:
+                    squares = tf.reduce_sum(squares * tf.cast(weight, squares.dtype))
+                sums[leaf] = squares
+                continue
+            terms = [term for term, _ in some]
+            sums[leaf] = total_squares(terms) if weight is None else weighted_squares(terms, weight)
         for own, layout in self._walk.own.items():
             leaf = self._own_leaf(own)
-            cotangent = known.get(own)
+            cotangent = self._known.get(own)
             if cotangent is None:
                 continue
             if leaf in sums:

@@ -1,8 +1,9 @@
 """The tape that training loops of TensorFlow know, with statistics beside the gradients.
 
-Guarantees: gradients are those that ``tf.GradientTape`` gives of the mean loss, to the bit: they
-come out of one, and nothing of the function that was traced is changed. Over several replicas they
-are summed, which rounds once more.
+Guarantees: gradients are those that ``tf.GradientTape`` gives of the mean loss, to rounding where
+they are the sums of the per-example gradients that are squared, to the bit where they come out of
+the tape: all others, and all of them with ``bitwise=True``. Nothing of the function that was traced
+is changed. Over several replicas gradients are summed, which rounds once more.
 """
 
 from __future__ import annotations
@@ -93,6 +94,7 @@ class GradientTape:
         loss_scale: Any = None,
         optimizer: Any = None,
         all_reduce: bool = False,
+        bitwise: bool = False,
     ) -> tuple[Any, BatchStatistics]:
         r"""Return the gradients of the mean loss, and their statistics.
 
@@ -115,6 +117,8 @@ class GradientTape:
                 tracing, one may be empty. Every replica has the same gradients and statistics.
                 They are reduced: give them to :func:`cabs_tensorflow.apply`. All replicas must
                 call it. With one replica it says nothing.
+            bitwise: Whether gradients are those of ``tf.GradientTape`` to the bit, and not to
+                rounding: it then computes all of them itself, which takes longer.
 
         Returns:
             ``(gradients, statistics)``: gradients in the structure of ``sources``, as
@@ -149,13 +153,26 @@ class GradientTape:
         found = self._tape.gradient(losses, [*flat, *measurement.targets], output_gradients=seed)
         gradients, cotangents = found[: len(flat)], found[len(flat) :]
         by_leaf = {_key(leaf): one for leaf, one in zip(flat, gradients, strict=True)}
+        measurement.see(cotangents)
+        metric = None if optimizer is None else metric_of(optimizer)
+        if sample is None and not bitwise:
+            # What the tape has for these is used by nothing, and not computed.
+            dense = {
+                at
+                for at, leaf in enumerate(leaves)
+                if hasattr(leaf, "handle") and tf.is_tensor(by_leaf[_key(leaf)])
+            }
+            made = measurement.sum_up(dense, is_elementwise=metric is not None)
+            for at, one in made.items():
+                by_leaf[_key(leaves[at])] = tf.cast(one, leaves[at].dtype)
+            gradients = [by_leaf[_key(leaf)] for leaf in flat]
         given = {key: one for key, one in by_leaf.items() if one is not None}
         if not given:
             raise ValueError(
                 "losses must depend on at least one of the sources; were they computed inside of "
                 "the tape's with block, from these variables?"
             )
-        metric, weights = None if optimizer is None else metric_of(optimizer), None
+        weights = None
         if metric is not None:
             if is_shared:
                 raise ValueError(
@@ -164,7 +181,7 @@ class GradientTape:
                 )
             own = [given.get(_key(leaf)) for leaf in leaves]
             weights = weights_of(metric, leaves, own, loss_scale)
-        squares = measurement.square_sums(cotangents, weights)
+        squares = measurement.square_sums(weights)
         # What the tape does not watch, such as a variable that is not trainable, has no gradient.
         sums = [
             square

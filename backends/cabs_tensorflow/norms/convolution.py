@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,12 +19,16 @@ import tensorflow as tf
 
 from cabs.gradients import convolution
 from cabs.gradients.layout import Shape
-from cabs.gradients.outer_products import CANCELLING
+from cabs.gradients.outer_products import ADDED, CANCELLING
+from cabs.gradients.terms import Formed
 from cabs_tensorflow.norms import reductions
 from cabs_tensorflow.norms.arrays import TensorflowArrays
 
 # What it costs to add an offset's products, in products.
 _MOVED = 1
+
+# How much faster a convolution's own gradient is than products that form it for each example.
+_CONVOLVED = 1.6
 
 
 @dataclass(frozen=True)
@@ -51,11 +56,32 @@ class Convolution:
         return (self.inputs, self.cotangents)
 
     def gradient(self, arrays: TensorflowArrays, *operands: Any) -> Any:
+        return self._arranged(arrays, self._parts(arrays, *operands))
+
+    def formed(self, arrays: TensorflowArrays) -> Formed:
+        """Return how the gradients are formed, as a list of the kernel's parts."""
+        needed = convolution.needed(arrays, self.inputs, self.cotangents, self._geometry)
+        parts, arranged = partial(self._parts, arrays), partial(self._arranged, arrays)
+        return Formed(parts, self.operands, needed, arranged)
+
+    def spared(self) -> int:
+        """Return how many products an example spares if its gradient is summed, too."""
+        if None in (*self.inputs.shape[1:], *self.cotangents.shape[1:]):
+            return 1
+        size = math.prod(self.shape)
+        formed = size * math.prod(self.cotangents.shape[1:-1])
+        alone = min(formed, self._in_pairs_products()) + formed / _CONVOLVED
+        return max(0, int(alone - formed - ADDED * size))
+
+    def _parts(self, arrays: TensorflowArrays, *operands: Any) -> list[Any]:
+        inputs, cotangents = operands
+        return list(convolution.parts(arrays, inputs, cotangents, self._geometry))
+
+    def _arranged(self, arrays: TensorflowArrays, found: list[Any]) -> Any:
+        """Return gradients in the shape of the parameter, from those of the kernel's parts."""
         geometry, rank = self._geometry, len(self.kernel)
         inward = self.inputs.shape[-1]
         at_once = geometry.laid_out(arrays, inward)
-        inputs, cotangents = operands
-        found = convolution.parts(arrays, inputs, cotangents, geometry)
         parts = tf.stack([tf.linalg.matrix_transpose(part) for part in found], axis=1)
         split = rank - at_once
         sizes = (self.groups, *self.kernel[split:], inward // self.groups, -1)
@@ -86,14 +112,18 @@ class Convolution:
         """Return whether there are fewer products of pairs of positions than of channels."""
         if None in (*self.inputs.shape[1:], *self.cotangents.shape[1:]):
             return False
-        is_plain = self.groups == self.inputs.shape[1] == 1 and {*self.stride, *self.dilation} == {
-            1
-        }
-        inward, outward = self.inputs.shape[-1], self.cotangents.shape[-1]
-        in_pairs = inward + outward + _MOVED * math.prod(self.kernel)
-        formed = math.prod(self.kernel) * inward * outward
         places = math.prod(self.cotangents.shape[1:-1])
-        return is_plain and 1.2 * math.prod(self._grid()) ** 2 * in_pairs < places * formed
+        is_cheaper: bool = self._in_pairs_products() < places * math.prod(self.shape)
+        return is_cheaper
+
+    def _in_pairs_products(self) -> float:
+        """Return what pairs of positions cost, in products that form a gradient."""
+        is_plain = self.groups == self.inputs.shape[1] == 1
+        if not is_plain or {*self.stride, *self.dilation} != {1}:
+            return math.inf
+        channels = self.inputs.shape[-1] + self.cotangents.shape[-1]
+        in_pairs: int = channels + _MOVED * math.prod(self.kernel)
+        return 1.2 * math.prod(self._grid()) ** 2 * in_pairs
 
     def _grid(self) -> list[int]:
         """Return the shape of the padded input."""

@@ -4,7 +4,7 @@ Guarantees: exact up to rounding, summed in float32 or better, and never negativ
 taken a few at a time, since large temporaries cost more than the arithmetic on them; every shape
 that XLA has to know follows from the shapes of what is given.
 
-Sums are over examples, 0-d tensors.
+Sums are over examples; those of squares are 0-d tensors.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import Any
 
 import tensorflow as tf
 
-# Elements of the temporaries that some examples may need at a time: 4 MiB in float32.
-_CHUNK = 2**20
+# Elements of the temporaries that some examples may need at a time: 2 MiB in float32.
+_CHUNK = 2**19
 
 
 def sizes_of(tensor: Any) -> list[Any]:
@@ -51,11 +51,13 @@ def in_chunks(function: Callable[..., Any], tensors: Sequence[Any], needed: int)
     """Return ``function(*tensors)``, sums over examples, taken some examples at a time.
 
     Args:
-        function: From tensors of some examples, perhaps none, to sums over them.
+        function: From tensors of some examples, perhaps none, to a nest of sums over them.
         tensors: Tensors with the examples in front.
-        needed: How many elements the temporaries of an example have.
+        needed: How many elements the temporaries of an example have; 0 for all at a time.
     """
-    size: Any = max(1, _CHUNK // max(needed, 1))
+    if not needed:
+        return function(*tensors)
+    size: Any = max(1, _CHUNK // needed)
     examples = tensors[0].shape[0]
     if examples is not None and examples <= size:
         return function(*tensors)
@@ -65,11 +67,13 @@ def in_chunks(function: Callable[..., Any], tensors: Sequence[Any], needed: int)
     whole = count // size
 
     def add(index: Any, total: Any) -> Any:
-        return index + 1, total + function(*(_chunk(one, index, size) for one in tensors))
+        more = function(*(_chunk(one, index, size) for one in tensors))
+        return index + 1, tf.nest.map_structure(tf.add, total, more)
 
     rest = function(*(one[whole * size :] for one in tensors))
+    # One chunk after the other, so that no more lies in memory.
     _, total = tf.while_loop(
-        lambda index, _: index < whole, add, (tf.constant(0), rest), parallel_iterations=2
+        lambda index, _: index < whole, add, (tf.constant(0), rest), parallel_iterations=1
     )
     return total
 

@@ -12,10 +12,12 @@ from typing import Any
 
 import tensorflow as tf
 
+from cabs.gradients import outer_products
 from cabs.gradients.layout import Shape
-from cabs.gradients.terms import Product, Term, together
+from cabs.gradients.terms import Formed, Materialized, Product, Term, together
 from cabs_tensorflow.norms import reductions
 from cabs_tensorflow.norms.arrays import ARRAYS, TensorflowArrays
+from cabs_tensorflow.norms.convolution import Convolution
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,32 @@ class Pulled:
         return self.term.squares(arrays) if self.keeps_norm else materialized_squares([self])
 
 
+def formed_to_be_summed(term: Term, positions: int | None) -> Formed | None:
+    """Return how gradients are formed, where their sum is cheaper than a gradient beside them.
+
+    Args:
+        term: The only use of a variable.
+        positions: How many elements of what was computed from it an example has; None if unknown.
+    """
+    if isinstance(term, Pulled):
+        inner = formed_to_be_summed(term.term, positions) if term.keeps_norm else None
+        if inner is None:
+            return None
+        arranged = inner.arranged
+        return inner._replace(arranged=lambda total: term.pull(arranged(total)))
+    if isinstance(term, Convolution):
+        return term.formed(ARRAYS) if term.spared() else None
+    if isinstance(term, Product):
+        sizes = (*term.left.shape[1:], term.right.shape[3])
+        if None not in sizes and not outer_products.spared(ARRAYS, *sizes[1:]):
+            return None
+        return term.formed(ARRAYS)
+    if isinstance(term, Materialized) and positions != math.prod(term.shape):
+        # They were summed over positions, which are many, and are at hand.
+        return term.formed(ARRAYS)._replace(needed=0)
+    return None
+
+
 def total_squares(terms: Sequence[Term]) -> Any:
     """Return the sum over examples of the squared norm of a variable's gradient.
 
@@ -70,18 +98,10 @@ def weighted_squares(terms: Sequence[Term], weight: Any) -> Any:
     Products of one position, whose elements' squares are products too, are not materialized.
     """
     (term, *more) = terms
-    if not more and isinstance(term, Product) and term.left.shape[2] == 1:
-        groups = (term.blocks, term.rows, term.columns)
-        order = [axis for group in groups for axis in group]
-        order += [axis for axis in range(len(term.shape)) if axis not in order]
-        sizes = [math.prod(term.shape[axis] for axis in group) for group in groups]
-        arranged = tf.reshape(tf.transpose(reductions.wide(weight), order), sizes)
-        left, right = (
-            tf.transpose(tf.square(reductions.wide(side[:, :, 0])), [1, 0, 2])
-            for side in (term.left, term.right)
-        )
-        return tf.reduce_sum(tf.matmul(left, arranged) * right)
-    return materialized_squares(terms, weight)
+    if more or not isinstance(term, Product) or term.left.shape[2] != 1:
+        return materialized_squares(terms, weight)
+    squares = term.coordinate_squares(ARRAYS)[0]
+    return tf.reduce_sum(squares * tf.cast(weight, squares.dtype))
 
 
 def materialized_squares(terms: Sequence[Term], weight: Any = None) -> Any:
