@@ -1,4 +1,4 @@
-"""The loss over the steps of a run, in buckets that grow with their age.
+"""The loss over the steps of a run, in buckets that lie evenly in the logarithm of the steps.
 
 Guarantees: of k losses no more than 9 log2(k) numbers are kept, and a mean over the steps between
 two fractions of k is that of the losses there, up to a share of one bucket at each end.
@@ -8,27 +8,38 @@ from __future__ import annotations
 
 import math
 
-Curve = tuple[tuple[int, float], ...]
-"""Buckets, the oldest first: over how many steps, a power of two, and the mean loss there."""
+from cabs.control.averages import debiased_step
 
-# Buckets of each length, from which the two oldest become one of the next length.
-_EACH = 8
+Curve = tuple[tuple[int, float], ...]
+"""Buckets, the oldest first: over how many steps, and the mean loss there."""
+
+# An eighth of the steps before it is as long as a bucket gets.
+_SHARE = 8
 
 
 def extended(curve: Curve, loss: float) -> Curve:
     """Return the curve with the loss of one more step."""
-    buckets = [*curve, (1, loss)]
-    length, end = 1, len(buckets)
-    while True:
-        start = end
-        while start and buckets[start - 1][0] == length:
-            start -= 1
-        if end - start <= _EACH:
-            return tuple(buckets)
-        (_, first), (_, second) = buckets[start : start + 2]
-        # Halves, since a sum of two finite numbers can overflow.
-        buckets[start : start + 2] = [(2 * length, 0.5 * first + 0.5 * second)]
-        length, end = 2 * length, start + 1
+    if curve:
+        length, mean = curve[-1]
+        if length < _full(steps_in(curve) - length):
+            return (*curve[:-1], (length + 1, debiased_step(mean, loss, length + 1.0)))
+    return (*curve, (1, loss))
+
+
+def is_filled(lengths: list[int]) -> bool:
+    """Return whether buckets of such lengths are those of a curve."""
+    start, last = 0, len(lengths) - 1
+    for number, length in enumerate(lengths):
+        full = _full(start)
+        if not 1 <= length <= full or (length < full and number != last):
+            return False
+        start += length
+    return True
+
+
+def _full(start: int) -> int:
+    """Return how long the bucket gets that begins there."""
+    return max(start // _SHARE, 1)
 
 
 def steps_in(curve: Curve) -> int:
@@ -50,23 +61,24 @@ def mean_loss(curve: Curve, start: float, stop: float) -> float:
 def decay_exponent(curve: Curve, loss_floor: float, steps_before: int = 0) -> float:
     r"""Return :math:`\alpha` of a loss that falls as :math:`F_* + B k^{-\alpha}`, in [0.05, 2].
 
-    From the means over the last half of the steps and over the quarter before it, whose ratio is
-    :math:`2^\alpha`. 1 in the first eight steps, and 0.05 where the loss does not fall. With steps
-    before those of the curve, the two means lie close to each other in :math:`\ln k`, and tell
-    little: 1/2, the paper's, is weighed against what they tell by how much closer, squared.
+    From the means over two stretches, from a ninth to a third of the steps and from there to
+    the last, whose ratio is :math:`3^\alpha`. 1 in the first eight steps, and 0.05 where the loss
+    does not fall. With steps before those of the curve, the two lie close to each other in
+    :math:`\ln k`, and tell little: 1/2, the paper's, is weighed against what they tell by how much
+    closer, squared.
     """
     steps = steps_in(curve)
     if steps < 8:
         return _USUAL if steps_before else 1.0
-    late, early = (value - loss_floor for value in _halves(curve, steps))
+    apart = _apart(steps, steps_before)
+    late, early = (value - loss_floor for value in _stretches(curve, steps))
     if not (late > 0.0 and early > 0.0):
         found = _SLOWEST
     else:
-        apart = _apart(steps, steps_before)
-        found = min(max((math.log2(early) - math.log2(late)) / apart, _SLOWEST), 2.0)
+        found = min(max((math.log(early) - math.log(late)) / apart, _SLOWEST), 2.0)
     if not steps_before:
         return found
-    told = _apart(steps, steps_before) ** 2
+    told = (apart / math.log(_LONGER)) ** 2
     return told * found + (1.0 - told) * _USUAL
 
 
@@ -78,19 +90,24 @@ def decrease(curve: Curve, steps_before: int = 0) -> float:
     steps = steps_in(curve)
     if steps < 8:
         return 0.0
-    late, early = _halves(curve, steps)
+    late, early = _stretches(curve, steps)
     is_rounding = abs(early - late) <= 1e-9 * max(abs(early), abs(late))
-    return 0.0 if is_rounding else (early - late) / math.log(2.0) / _apart(steps, steps_before)
+    return 0.0 if is_rounding else (early - late) / _apart(steps, steps_before)
 
 
 _SLOWEST, _USUAL = 0.05, 0.5
 
+# Of two stretches, how many times longer the last is. With 2, noise and the bend at the end of a
+# fast beginning show more than with 3 (docs/progress.rst).
+_LONGER = 3.0
 
-def _halves(curve: Curve, steps: int) -> tuple[float, float]:
-    return mean_loss(curve, steps / 2, steps), mean_loss(curve, steps / 4, steps / 2)
+
+def _stretches(curve: Curve, steps: int) -> tuple[float, float]:
+    between = steps / _LONGER
+    return mean_loss(curve, between, steps), mean_loss(curve, between / _LONGER, between)
 
 
 def _apart(steps: int, steps_before: int) -> float:
-    """Return how many times the number of steps doubles between the middles of the two."""
-    late, early = steps_before + 0.75 * steps, steps_before + 0.375 * steps
-    return math.log2(late / early) if steps_before else 1.0
+    """Return how far apart the middles of the two are in ln k."""
+    late = 0.5 * steps * (1.0 + 1.0 / _LONGER)
+    return math.log((steps_before + late) / (steps_before + late / _LONGER))

@@ -15,7 +15,7 @@ from typing import Any
 from cabs.control.averages import LONGER, Averages
 from cabs.control.configuration import Configuration
 from cabs.control.costs import LONGEST, SHORTEST, Clock, StepCost
-from cabs.control.curve import steps_in
+from cabs.control.curve import is_filled, steps_in
 from cabs.control.decision import State, is_due
 from cabs.values.formats import check_mark, check_whole
 
@@ -147,13 +147,13 @@ def _is_weight(value: Any) -> bool:
 
 
 def _is_curve(value: Any) -> bool:
-    return isinstance(value, list) and all(
-        isinstance(one, list)
-        and len(one) == 2
-        and _is_count(one[0])
-        and one[0].bit_count() == 1
-        and _is_finite(one[1])
-        for one in value
+    return (
+        isinstance(value, list)
+        and all(
+            isinstance(one, list) and len(one) == 2 and _is_count(one[0]) and _is_finite(one[1])
+            for one in value
+        )
+        and is_filled([length for length, _ in value])
     )
 
 

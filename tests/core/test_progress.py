@@ -34,7 +34,8 @@ def test_a_curve_holds_the_means_of_what_it_has_seen(losses, start, stop):
     curve, steps = curve_of(losses), len(losses)
     assert steps_in(curve) == steps
     assert len(curve) <= 9 * max(1.0, math.log2(steps + 1))
-    assert all(length & (length - 1) == 0 for length, _ in curve)
+    lengths = [length for length, _ in curve]
+    assert all(8 * one <= max(sum(lengths[:at]), 8) for at, one in enumerate(lengths))
     start, stop = sorted((start * steps, stop * steps))
     if stop - start < 1e-3:
         return
@@ -56,6 +57,22 @@ def test_the_exponent_of_a_power_law_is_found(exponent, steps):
     # Relative to a floor that is known.
     raised = curve_of([7.0 + 3.0 * (k + 0.5) ** -exponent for k in range(steps)])
     assert decay_exponent(raised, 7.0) == pytest.approx(exponent, rel=0.05)
+
+
+@pytest.mark.parametrize("steps", [90, 900, 9000])
+def test_the_exponent_is_that_of_the_means_over_two_stretches(steps):
+    # Bent, so that other stretches have other exponents.
+    losses = 0.1 + 0.05 * (np.arange(1, steps + 1) / steps) ** -0.7
+    late, early = losses[steps // 3 :].mean(), losses[steps // 9 : steps // 3].mean()
+    curve = curve_of(losses.tolist())
+    expected = math.log(early / late) / math.log(3.0)
+    assert decay_exponent(curve, 0.0) == pytest.approx(expected, rel=0.02)
+    assert decrease(curve) == pytest.approx((early - late) / math.log(3.0), rel=0.02)
+    # After as many steps before, whose losses nobody knows, the stretches lie closer together.
+    apart = math.log((steps + 2 / 3 * steps) / (steps + 2 / 9 * steps))
+    told = (apart / math.log(3.0)) ** 2
+    expected = told * math.log(early / late) / apart + (1.0 - told) * 0.5
+    assert decay_exponent(curve, 0.0, steps) == pytest.approx(expected, rel=0.02)
 
 
 def test_the_first_steps_a_rising_loss_and_a_loss_of_any_sign():
