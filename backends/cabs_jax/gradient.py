@@ -1,6 +1,7 @@
 """The loss, its gradient and their statistics, in one call that stands for JAX's own.
 
-Guarantees: loss and gradients are those of ``jax.value_and_grad`` of the mean over the examples.
+Guarantees: loss and gradients are those of ``jax.value_and_grad`` of the mean over the examples,
+gradients to rounding, or to the bit where that is asked for.
 """
 
 from __future__ import annotations
@@ -18,14 +19,17 @@ from cabs.values.scalars import as_integer
 from cabs_jax.graph import meshes
 from cabs_jax.graph.alone import check_alone
 from cabs_jax.graph.arguments import Arguments, positions_of, read_arguments, trace
-from cabs_jax.graph.program import Value, read
+from cabs_jax.graph.program import Value
+from cabs_jax.graph.reading import read
+from cabs_jax.marks import Marks
 from cabs_jax.masks import filled
-from cabs_jax.measure import Marks, Measurement
+from cabs_jax.measure import run
 from cabs_jax.metric import metric_of, square_in
 from cabs_jax.norms import reductions
 from cabs_jax.rules import penalties, uses
 from cabs_jax.rules.plan import Leaf, Mode, plan_leaf, uses_of
 from cabs_jax.statistics import BatchStatistics, square_of
+from cabs_jax.taps import Taps
 
 
 def value_and_grad(
@@ -36,14 +40,16 @@ def value_and_grad(
     in_axes: Any = None,
     sample: int | None = None,
     metric: Callable[[Any], Any] | None = None,
+    bitwise: bool = False,
 ) -> Callable[..., Any]:
     r"""Return a function that gives the mean loss, its gradient, and gradient statistics.
 
     It stands for ``jax.value_and_grad`` of the mean of ``jax.vmap(loss_fn)``, and gives the same
-    loss and gradients. The statistics are exact: those of a loop over the examples, up to rounding.
-    Norms come out of the same backward pass; per-example gradients of matrices, convolution
-    kernels and embedding tables are not formed. Works inside ``jax.jit``, and with everything that
-    a jitted step may have around it.
+    loss, and the same gradients to rounding. The statistics are exact: those of a loop over the
+    examples, up to rounding. Norms come out of the same backward pass; of matrices, convolution
+    kernels and embedding tables that are used once, per-example gradients are formed for some
+    examples at a time, if at all. Works inside ``jax.jit``, and with everything that a jitted step
+    may have around it.
 
     Args:
         loss_fn: From parameters and one example, without the batch axis, to its loss, of shape ().
@@ -60,6 +66,9 @@ def value_and_grad(
             :func:`cabs_jax.adam_metric` makes one. Elementwise squares are then summed over the
             examples, for which the gradients of convolution kernels and of what has no rule are
             formed for each example, all at a time.
+        bitwise: Whether gradients are those of ``jax.value_and_grad`` to the bit, as far as XLA
+            compiles the same way, and not to rounding: JAX then computes all of them itself, which
+            takes up to half as long again.
 
     Returns:
         A function of the same arguments, but batches in place of examples, and of ``mask``: which
@@ -97,6 +106,7 @@ def value_and_grad(
         found = measure(
             *(loss_fn, args, positions, has_aux, in_axes, sample, mask),
             metric if metric is None or not single else lambda given: (metric(given[0]),),
+            bitwise,
         )
         gradients = found.gradients[0] if single else found.gradients
         total = sum(found.squares[1:], start=found.squares[0])
@@ -153,6 +163,7 @@ def measure(
     sample: int | None,
     mask: Any,
     metric: Callable[[Any], Any] | None = None,
+    bitwise: bool = False,
 ) -> Result:
     """Run the loss of one example for all of them, forward and backward, and measure."""
     arguments = read_arguments(args, argnums, in_axes)
@@ -174,30 +185,7 @@ def measure(
         if value in uses
     }
     names = dict(zip(inputs, arguments.paths, strict=True))
-    measurement = Measurement(scope, leaves, names, sample or examples)
-
-    def mean_loss(parameters: Any, flat_marks: Any) -> tuple[Array, Any]:
-        given = _with(arguments, argnums, parameters, args)
-
-        def one(batched: list[Any], flat: Any, anchor: Array) -> Any:
-            found = iter(batched)
-            own = [
-                leaf if axis is None else next(found)
-                for leaf, axis in zip(given, arguments.axes, strict=True)
-            ]
-            return measurement.run([*own, *closed.consts], marks.rebuilt(flat), anchor)
-
-        batched = arguments.with_leaves(given).batched
-        rows = [leaf if mask is None else filled(leaf, axis, mask) for leaf, axis in batched]
-        axes = [axis for _, axis in batched]
-        losses, *aux = jax.vmap(one, in_axes=(axes, 0, 0))(rows, flat_marks, anchor)
-        if mask is None:
-            return jnp.mean(losses), aux
-        total = jnp.sum(jnp.where(mask, losses, jnp.zeros_like(losses)))
-        # 0 where nothing counts, as a device's share of a batch that was filled up.
-        return total / jnp.maximum(counted, 1).astype(losses.dtype), aux
-
-    marks = measurement.zeros()
+    marks = Marks.of(leaves)
     anchor = meshes.varying(_anchor(arguments), arguments.varying)
     if mask is not None:
         mask = meshes.automatic(jnp.asarray, mask, like=jax.typeof(anchor))
@@ -205,10 +193,41 @@ def measure(
     zeros = jax.tree.map(
         lambda one: meshes.broadcast(anchor, one, ahead).astype(one.dtype), marks.flat()
     )
-    parameters = tuple(args[at] for at in argnums)
-    (loss, aux), (gradients, flat_found) = jax.value_and_grad(
-        mean_loss, argnums=(0, 1), has_aux=True
-    )(parameters, zeros)
+
+    def backward(taps: Taps, leaves_of_all: Any, consts: Any, mask: Any, zeros: Any) -> Any:
+        """Return ``((loss, aux), (gradients, marks))``, with all that these depend on as inputs."""
+        taken = arguments.with_leaves(leaves_of_all)
+        args = taken.trees()
+
+        def mean_loss(parameters: Any, flat_marks: Any) -> tuple[Array, Any]:
+            given = _with(taken, argnums, parameters, args)
+
+            def one(batched: list[Any], flat: Any, anchor: Array) -> Any:
+                found = iter(batched)
+                own = [
+                    leaf if axis is None else next(found)
+                    for leaf, axis in zip(given, taken.axes, strict=True)
+                ]
+                return run(scope, leaves, taps, [*own, *consts], marks.rebuilt(flat), anchor)
+
+            batched = taken.with_leaves(given).batched
+            rows = [leaf if mask is None else filled(leaf, axis, mask) for leaf, axis in batched]
+            axes = [axis for _, axis in batched]
+            losses, *aux = jax.vmap(one, in_axes=(axes, 0, 0))(rows, flat_marks, anchor)
+            if mask is None:
+                return jnp.mean(losses), aux
+            total = jnp.sum(jnp.where(mask, losses, jnp.zeros_like(losses)))
+            # 0 where nothing counts, as a device's share of a batch that was filled up.
+            return total / jnp.maximum(_counted(mask, examples), 1).astype(losses.dtype), aux
+
+        parameters = tuple(args[at] for at in argnums)
+        return jax.value_and_grad(mean_loss, argnums=(0, 1), has_aux=True)(parameters, zeros)
+
+    taps = Taps(names, sample or examples, is_summed=False)
+    once = partial(backward, taps)
+    if not bitwise and _is_worthwhile(arguments, sample):
+        once = _differentiated_as(once, partial(backward, taps.summing()))
+    (loss, aux), (gradients, flat_found) = once(arguments.leaves, closed.consts, mask, zeros)
     found = marks.rebuilt(flat_found)
     sampled = _counted(mask, examples, sample)
     share = jnp.ones((), jnp.float32) if sample in (None, examples) else counted / sampled
@@ -222,7 +241,7 @@ def measure(
     squares = {}
     for value, leaf in leaves.items():
         how = _square if metric is None else _weighted_square
-        marked = [_marks(value, leaf, found), *([weights[value]] if weights else [])]
+        marked = [found.of_leaf(value, leaf), *([weights[value]] if weights else [])]
         square = meshes.automatic(partial(how, leaf, sample=sample), *marked)
         squares[value] = square * (counted**2 * share).astype(square.dtype)
     if terms:
@@ -244,6 +263,28 @@ def measure(
         {names[value]: leaf for value, leaf in leaves.items()},
         counted,
         counted - sampled,
+    )
+
+
+def _differentiated_as(plain: Callable[..., Any], function: Callable[..., Any]) -> Any:
+    """Return a function whose derivatives are those of another one, which has the same values.
+
+    Sums of what is squared are no function of the parameters that JAX could differentiate.
+    """
+    found = jax.custom_jvp(function)
+    found.defjvp(lambda primals, tangents: jax.jvp(plain, primals, tangents))
+    return found
+
+
+def _is_worthwhile(arguments: Arguments, sample: int | None) -> bool:
+    """Return whether gradients that are sums of those of the examples are cheaper than JAX's.
+
+    That was measured on a CPU, where examples are on one device.
+    """
+    return (
+        sample in (None, arguments.examples)
+        and jax.default_backend() == "cpu"
+        and meshes.explicit_mesh(map(jax.typeof, arguments.leaves)) is None
     )
 
 
@@ -325,13 +366,6 @@ def _counted(mask: Any, examples: int, sample: int | None = None) -> Array:
         )
     is_taken = mask if sample is None else mask & (jnp.arange(examples) < sample)
     return jnp.sum(is_taken, dtype=jnp.float32)
-
-
-def _marks(value: Value, leaf: Leaf, marks: Marks) -> Any:
-    """Return what came out of the backward pass for one parameter."""
-    if leaf.mode is Mode.FACTORS:
-        return [marks.factors[use.meeting] for use in leaf.uses]
-    return (marks.squares if leaf.mode is Mode.SQUARES else marks.gradients)[value]
 
 
 def _square(leaf: Leaf, marks: Any, sample: int | None) -> Array:

@@ -10,6 +10,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import cabs_jax
+from cabs_jax.norms import arrays, reductions
 from tests.jax.collectives import reduced_in
 from tests.jax.reference import assert_same, draw, gradients_one_by_one, mean_loss
 
@@ -234,6 +235,39 @@ def test_statistics_add_a_number_a_parameter_to_the_collective_there_is(kinds, l
     *small, large = sorted(measured["all-reduce"])
     assert small == more
     assert elements < large <= elements + 5
+
+
+def pictures(parameters, example):
+    """Use a kernel, a scale, and a matrix of as many positions as there are pixels."""
+    layout = ("NHWC", "HWIO", "NHWC")
+    hidden = jax.lax.conv_general_dilated(
+        example["x"][None], parameters["kernel"], (1, 1), "SAME", dimension_numbers=layout
+    )
+    return jnp.sum(jnp.tanh(jnp.sin(hidden * parameters["bias"]) @ parameters["out"]))
+
+
+@pytest.mark.parametrize("is_bitwise", [False, True])
+def test_examples_that_are_taken_some_at_a_time_do_not_move_between_devices(
+    monkeypatch, is_bitwise
+):
+    monkeypatch.setattr(reductions, "_CHUNK", 1)
+    monkeypatch.setattr(arrays, "_SUMMED", 1)
+    mesh = mesh_of((AUTO, AUTO))
+    parameters = PARAMETERS | {"kernel": draw(7, 3, 3, 4, 8)}
+    parameters = {name: parameters[name] for name in ("kernel", "bias", "out")}
+    batch = {"x": draw(8, 16, 6, 6, 4)}
+    args = placed(mesh, parameters, P()), placed(mesh, batch, P("data"))
+    plain = reduced_in(jax.value_and_grad(mean_loss(pictures)), *args)
+    step = cabs_jax.value_and_grad(pictures, bitwise=is_bitwise)
+    measured = reduced_in(step, *args)
+    (elements,) = plain["all-reduce"]
+    # One, and outside of the loops.
+    assert measured == {"all-reduce": [elements + len(parameters)]}
+    rows = gradients_one_by_one(pictures, parameters, batch)
+    (_, statistics), gradients = jax.jit(step)(*args)
+    assert statistics.read().group_square_sum == pytest.approx((rows**2).sum(), rel=5e-5)
+    expected = jax.grad(mean_loss(pictures))(parameters, batch)
+    assert_same(jax.device_get(gradients), jax.device_get(expected), ulps=512)
 
 
 @pytest.mark.parametrize("kinds", [(AUTO, AUTO), *([] if IS_OLD else [(EXPLICIT, AUTO)])])

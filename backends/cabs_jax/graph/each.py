@@ -6,6 +6,7 @@ Guarantees: what is computed sees arrays of all examples, on whatever devices th
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -18,12 +19,16 @@ from cabs_jax.graph.meshes import Explicit
 
 
 def of_each(
-    function: Callable[..., list[Array]],
+    function: Callable[..., tuple[list[Array], list[Array]]],
     kept: Sequence[Any],
     cotangents: Sequence[Any],
     sample: int,
-) -> list[Array]:
+    marks: Sequence[Any] = (),
+) -> tuple[list[Array], list[Array]]:
     """Return what a function of some examples finds for each of the first ones; others get zero.
+
+    And what it finds for all of them together: for each of ``marks`` what its cotangents, which
+    JAX adds up over the examples, add up to.
 
     Args:
         function: It is called with all of them at once, the examples in front, with what has them
@@ -31,23 +36,31 @@ def of_each(
         kept: Values of one example, under ``vmap``.
         cotangents: The same.
         sample: How many are taken.
+        marks: Numbers that are the same for all examples, unless JAX made them differ.
     """
 
+    def alone(explicit: Explicit, kept: Any, cotangents: Any) -> Any:
+        ahead = jax.tree.map(lambda array: array[None], (kept, cotangents))
+        each, sums = function(*ahead, jax.tree.map(lambda _: True, ahead), explicit)
+        return tuple(array[0] for array in each), tuple(sums)
+
     @custom_vmap
-    def one(kept: Any, cotangents: Any) -> Any:
-        explicit = Explicit.of([*kept, *cotangents], ahead=1)
-
-        def alone(kept: Any, cotangents: Any) -> Any:
-            ahead = jax.tree.map(lambda array: array[None], (kept, cotangents))
-            found = function(*ahead, jax.tree.map(lambda _: True, ahead), explicit)
-            return tuple(array[0] for array in found)
-
-        return meshes.automatic(alone, kept, cotangents)
+    def one(kept: Any, cotangents: Any, marks: Any) -> Any:
+        del marks
+        run = partial(alone, Explicit.of([*kept, *cotangents], ahead=1))
+        return meshes.automatic(run, kept, cotangents)
 
     @one.def_vmap
-    def many(examples: int, batched: Any, kept: Any, cotangents: Any) -> Any:
-        batched = tuple(batched)
+    def many(examples: int, batched: Any, kept: Any, cotangents: Any, marks: Any) -> Any:
+        del marks
+        *both, differ = batched
+        batched = tuple(both)
         explicit = Explicit.of([*kept, *cotangents])
+        if any(differ):
+            # Each example has a parameter of its own, as in branches that it chooses.
+            axes = jax.tree.map(lambda is_batched: 0 if is_batched else None, batched)
+            found = jax.vmap(partial(alone, explicit), axes)(kept, cotangents)
+            return found, jax.tree.map(lambda _: True, found)
 
         def some(kept: Any, cotangents: Any) -> Any:
             taken = jax.tree.map(
@@ -55,14 +68,16 @@ def of_each(
                 batched,
                 (kept, cotangents),
             )
-            found = function(*taken, batched, explicit)
-            return tuple(jnp.pad(array, (0, examples - len(array))) for array in found)
+            each, sums = function(*taken, batched, explicit)
+            each = [jnp.pad(array, (0, examples - len(array))) for array in each]
+            return tuple(each), tuple(sums)
 
         ahead = _ahead(batched, (kept, cotangents))
         found = meshes.automatic(some, kept, cotangents, spec=ahead)
-        return found, tuple(True for _ in found)
+        return found, (tuple(True for _ in found[0]), tuple(False for _ in found[1]))
 
-    return list(one(tuple(kept), tuple(cotangents)))
+    each, sums = one(tuple(kept), tuple(cotangents), tuple(marks))
+    return list(each), list(sums)
 
 
 def factors_of_each(rule: Any, kept: Sequence[Any], cotangent: Any) -> tuple[Array, Array]:

@@ -14,6 +14,10 @@ from jax import Array, lax
 
 from cabs_jax.norms import reductions
 
+# Elements of gradients that are squared and summed at a time: 16 MiB in float32. Taking some
+# examples out of a batch costs more than the cache gains.
+_SUMMED = 2**22
+
 
 class JaxArrays:
     """The table."""
@@ -113,13 +117,30 @@ class JaxArrays:
     ) -> Any:
         return reductions.in_chunks(function, operands, needed)
 
-    def coordinate_squares(
+    def squares_and_sum(
         self, rows: Callable[..., Array], operands: Sequence[Array], needed: int
-    ) -> tuple[Array, None]:
-        def some(*operands: Array) -> Array:
-            return jnp.sum(lax.square(self.wide(rows(*operands))), axis=0, keepdims=True)
+    ) -> tuple[Array, Array]:
+        def some(*operands: Array) -> tuple[Array, Array]:
+            found = self.wide(rows(*operands))
+            return reductions.square(found), jnp.sum(found, axis=0, keepdims=True)
 
-        return reductions.sum_of_chunks(some, operands, needed), None
+        return reductions.each_and_sum(some, operands, needed, _SUMMED)
+
+    def coordinate_squares(
+        self,
+        rows: Callable[..., Array],
+        operands: Sequence[Array],
+        needed: int,
+        *,
+        is_summed: bool = False,
+    ) -> tuple[Array, Array | None]:
+        def some(*operands: Array) -> tuple[tuple[()], list[Array]]:
+            found = self.wide(rows(*operands))
+            wanted = [lax.square(found), *([found] if is_summed else [])]
+            return (), [jnp.sum(one, axis=0, keepdims=True) for one in wanted]
+
+        squares, *total = reductions.each_and_sum(some, operands, needed)[1]
+        return squares, total[0] if is_summed else None
 
     def merged(self, array: Array, axis: int) -> Array:
         moved = jnp.moveaxis(array, 0, axis - 1)

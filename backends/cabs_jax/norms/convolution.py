@@ -27,11 +27,39 @@ def square(
         kernel: The kernel's sizes along the spatial axes.
         params: Those of ``conv_general_dilated``.
     """
-    layout = params["dimension_numbers"]
-    inputs = _channels_last(inputs, layout.lhs_spec)
-    cotangents = _channels_last(cotangents, layout.out_spec)
     if 0 in cotangents.shape:
         return jnp.zeros(len(inputs), reductions.sum_type(cotangents.dtype))
+    sides, geometry = _laid_out(inputs, cotangents, kernel, params)
+    squares: Array = convolution.squares(ARRAYS, *sides, geometry)
+    return squares
+
+
+def square_and_sum(
+    inputs: Array, cotangents: Array, kernel: Sequence[int], params: dict[str, Any]
+) -> tuple[Array, Array]:
+    """Return |g_i|^2, and the sum of all g_i, in the kernel's shape; arguments are the same."""
+    sides, geometry = _laid_out(inputs, cotangents, kernel, params)
+
+    def some(inputs: Array, cotangents: Array) -> tuple[Array, list[Array]]:
+        parts = [*convolution.parts(ARRAYS, inputs, cotangents, geometry)]
+        squares = [*map(reductions.square, parts)]
+        return sum(squares[1:], squares[0]), [jnp.sum(part, axis=0) for part in parts]
+
+    needed = convolution.needed(ARRAYS, *sides, geometry)
+    squares, parts = reductions.each_and_sum(some, sides, needed)
+    groups, outward, width = parts[0].shape
+    inward = sides[0].shape[-1] // geometry.groups
+    whole = jnp.stack(parts).reshape(len(parts), groups, outward, width // inward, inward)
+    whole = whole.transpose(1, 2, 4, 0, 3).reshape(groups * outward, inward, *kernel)
+    layout = params["dimension_numbers"].rhs_spec
+    return squares, whole.transpose([layout.index(axis) for axis in range(len(layout))])
+
+
+def _laid_out(
+    inputs: Array, cotangents: Array, kernel: Sequence[int], params: dict[str, Any]
+) -> tuple[tuple[Array, Array], convolution.Geometry]:
+    """Return both with their channels last, and how the kernel moves."""
+    layout = params["dimension_numbers"]
     sides = zip(params["padding"], params["lhs_dilation"], strict=True)
     geometry = convolution.Geometry(
         kernel,
@@ -40,8 +68,8 @@ def square(
         [(low, high, step - 1) for (low, high), step in sides],
         params["feature_group_count"],
     )
-    squares: Array = convolution.squares(ARRAYS, inputs, cotangents, geometry)
-    return squares
+    arrays = _channels_last(inputs, layout.lhs_spec), _channels_last(cotangents, layout.out_spec)
+    return arrays, geometry
 
 
 def _channels_last(array: Array, layout: Sequence[int]) -> Array:

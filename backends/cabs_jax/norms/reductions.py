@@ -54,38 +54,72 @@ def in_chunks(function: Callable[..., Any], arrays: Sequence[Array], needed: int
         arrays: The arrays of all examples.
         needed: How many elements the temporaries of an example have.
     """
-    chunks, rest = _chunks(arrays, needed)
-    if not chunks:
-        return function(*rest)
-    found = lax.map(lambda some: function(*some), chunks)
-    found = jax.tree.map(lambda one: one.reshape(-1, *one.shape[2:]), found)
-    if not rest:
-        return found
-    return jax.tree.map(lambda *both: jnp.concatenate(both), found, function(*rest))
+    return each_and_sum(lambda *some: (function(*some), ()), arrays, needed)[0]
 
 
-def sum_of_chunks(function: Callable[..., Array], arrays: Sequence[Array], needed: int) -> Array:
-    """Return the sum of what a function returns for some examples at a time; as above."""
-    chunks, rest = _chunks(arrays, needed)
-    if not chunks:
-        return function(*rest)
-    like = jax.eval_shape(function, *(array[0] for array in chunks))
-    zero = jnp.zeros(like.shape, like.dtype)
-    total, _ = lax.scan(lambda total, some: (total + function(*some), None), zero, chunks)
-    return total + function(*rest) if rest else total
+def each_and_sum(
+    function: Callable[..., tuple[Any, Any]],
+    arrays: Sequence[Array],
+    needed: int,
+    chunk: int | None = None,
+) -> tuple[Any, Any]:
+    """Return ``function(*arrays)``, some examples at a time.
 
-
-def _chunks(arrays: Sequence[Array], needed: int) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
-    """Return arrays cut into chunks, with these in front, and what is left; one chunk is left."""
+    Args:
+        function: From arrays of some examples to a pytree of arrays with them in front, and to one
+            that is summed over them.
+        arrays: The arrays of all examples.
+        needed: How many elements the temporaries of an example have.
+        chunk: How many they may have at a time, if not 2**18.
+    """
     examples = len(arrays[0])
-    chunks = min(examples, -(-examples * needed // _CHUNK))
+    # Each chunk takes from every device as many, so that no example moves between them.
+    devices = jax.device_count() if examples % jax.device_count() == 0 else 1
+    share = examples // devices
+    chunks = min(share, -(-share * needed // (chunk or _CHUNK)))
     if chunks <= 1:
-        return (), tuple(arrays)
-    size = examples // chunks
+        return function(*arrays)
+    size = share // chunks
     # Chunks that leave no rest are compiled once.
-    even = max(some for some in range(1, size + 1) if examples % some == 0)
+    even = max(some for some in range(1, size + 1) if share % some == 0)
     size = even if 2 * even >= size else size
-    count = examples // size
-    whole = tuple(a[: count * size].reshape(count, size, *a.shape[1:]) for a in arrays)
-    is_even = count * size == examples
-    return whole, () if is_even else tuple(array[count * size :] for array in arrays)
+    count = share // size
+    apart = [array.reshape(devices, share, *array.shape[1:]) for array in arrays]
+    whole = [a[:, : count * size].reshape(devices, count, size, *a.shape[2:]) for a in apart]
+
+    _, sums = jax.eval_shape(function, *(array[0, 0] for array in whole))
+    is_summed = bool(jax.tree.leaves(sums))
+
+    def of_all(*some: Array) -> tuple[Any, Any]:
+        """Return what the function makes of some examples of each device, the devices in front."""
+        if devices > 1 and is_summed:
+            # Sums are added up between devices when all are complete.
+            return jax.vmap(function)(*some)
+        each, sums = function(*(array.reshape(-1, *array.shape[2:]) for array in some))
+        return jax.tree.map(lambda one: one.reshape(devices, -1, *one.shape[1:]), each), sums
+
+    def add(total: Any, at: Array) -> Any:
+        some = (lax.dynamic_index_in_dim(array, at, 1, keepdims=False) for array in whole)
+        each, sums = of_all(*some)
+        return jax.tree.map(jnp.add, total, sums), each
+
+    _, like = jax.eval_shape(of_all, *(array[:, 0] for array in whole))
+    zeros = jax.tree.map(lambda one: _zeros(one, arrays[0]), like)
+    total, each = lax.scan(add, zeros, jnp.arange(count))
+    each = jax.tree.map(lambda one: jnp.moveaxis(one, 0, 1), each)
+    each = jax.tree.map(lambda one: one.reshape(devices, -1, *one.shape[3:]), each)
+    if count * size < share:
+        last, sums = of_all(*(array[:, count * size :] for array in apart))
+        each = jax.tree.map(lambda *both: jnp.concatenate(both, axis=1), each, last)
+        total = jax.tree.map(jnp.add, total, sums)
+    each = jax.tree.map(lambda one: one.reshape(examples, *one.shape[2:]), each)
+    if devices > 1 and is_summed:
+        total = jax.tree.map(lambda one: jnp.sum(one, axis=0), total)
+    return each, total
+
+
+def _zeros(like: Any, array: Array) -> Array:
+    """Return zeros that differ between devices, as far as JAX knows, where an array does."""
+    zeros = jnp.zeros(like.shape, like.dtype)
+    first = array[(0,) * array.ndim]
+    return jnp.where(lax.eq(first, first), zeros, zeros)

@@ -6,6 +6,7 @@ derivative tells.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from cabs.gradients import lookups, outer_products
+from cabs.gradients.terms import Product
 from cabs_jax.norms import convolution, reductions
 from cabs_jax.norms.arrays import ARRAYS
 
@@ -32,6 +34,21 @@ class Rule(Protocol):
 
     def square(self, others: Sequence[Array], cotangents: Array) -> Array:
         """Return |g_i|^2, shape (n,), from arrays with n examples in front."""
+
+    def spares(self, others: Sequence[Any], cotangent: Any, shape: Sequence[int]) -> bool:
+        """Return whether summing the gradients while they are squared spares more than it takes.
+
+        From shapes of one example. Only then there is a :meth:`square_and_sum`.
+        """
+
+
+class Summed(Rule, Protocol):
+    """A rule that forms an example's gradient."""
+
+    def square_and_sum(
+        self, others: Sequence[Array], cotangents: Array, shape: Sequence[int]
+    ) -> tuple[Array, Array]:
+        """Return |g_i|^2, and the sum of all g_i, in the operand's shape."""
 
 
 class Axes(NamedTuple):
@@ -83,10 +100,30 @@ class Dot:
         )
 
     def square(self, others: Sequence[Array], cotangents: Array) -> Array:
-        left, right = jax.vmap(self.factors)(others, cotangents)
-        sides = (flat(side, len(self.batch)) for side in (left, right))
-        squares: Array = outer_products.squares(ARRAYS, *sides)
+        squares: Array = outer_products.squares(ARRAYS, *self.sides(others, cotangents))
         return squares
+
+    def square_and_sum(
+        self, others: Sequence[Array], cotangents: Array, shape: Sequence[int]
+    ) -> tuple[Array, Array]:
+        left, right = self.sides(others, cotangents)
+        axes: tuple[Any, ...] = self.axes
+        term = Product(left, right, tuple(shape), axes[0], axes[1], axes[2])
+        squares, total = term.formed(ARRAYS).squares_and_sum(ARRAYS)
+        return squares, total[0]
+
+    def spares(self, others: Sequence[Any], cotangent: Any, shape: Sequence[int]) -> bool:
+        axes: tuple[Any, ...] = self.axes
+        blocks, width, height = [math.prod(shape[axis] for axis in some) for some in axes]
+        if 0 in (cotangent.size, others[0].size):
+            return False
+        length = others[0].size // (blocks * width)
+        return outer_products.spared(ARRAYS, length, width, height) > 0
+
+    def sides(self, others: Sequence[Array], cotangents: Array) -> tuple[Array, ...]:
+        """Return both factors of all examples, in shape (n, B, T, k)."""
+        factors = jax.vmap(self.factors)(others, cotangents)
+        return tuple(flat(side, len(self.batch)) for side in factors)
 
 
 @dataclass(frozen=True)
@@ -123,6 +160,9 @@ class Lookup:
         squares: Array = lookups.squares(ARRAYS, ids, flat_rows, self.length)
         return squares
 
+    def spares(self, *_: Any) -> bool:
+        return False
+
 
 @dataclass(frozen=True)
 class Convolution:
@@ -137,6 +177,19 @@ class Convolution:
         (inputs,) = others
         return convolution.square(inputs, cotangents, self.kernel, self.params)
 
+    def square_and_sum(
+        self,
+        others: Sequence[Array],
+        cotangents: Array,
+        shape: Sequence[int],  # noqa: ARG002
+    ) -> tuple[Array, Array]:
+        return convolution.square_and_sum(others[0], cotangents, self.kernel, self.params)
+
+    def spares(self, others: Sequence[Any], cotangent: Any, shape: Sequence[int]) -> bool:
+        del others
+        channels = shape[self.params["dimension_numbers"].rhs_spec[0]]
+        return bool(cotangent.size > outer_products.ADDED * channels)
+
 
 @dataclass(frozen=True)
 class Selection:
@@ -148,6 +201,9 @@ class Selection:
     def square(self, others: Sequence[Array], cotangents: Array) -> Array:
         del others
         return reductions.square(cotangents)
+
+    def spares(self, *_: Any) -> bool:
+        return False
 
 
 def flat(array: Array, batch: int) -> Array:
