@@ -13,7 +13,7 @@ from pathlib import Path
 
 import jax
 from networks_jax import NETWORKS
-from rounds import describe, options, write
+from rounds import describe, kernels_added, options, write
 from steps_jax import STEPS
 
 sys.path.append(str(Path(__file__).parents[2]))
@@ -28,15 +28,8 @@ def main() -> None:
     for name, network in NETWORKS.items():
         given = network.parameters(), network.batch(network.examples)
         parameters = len(jax.tree.leaves(given[0]))
-        (plain, _), (full, waiting) = (kernels(make(network), *given) for make in STEPS["exact"])
-        added = (full - plain) / parameters
-        print(f"{name}: {plain} kernels, {added:.1f} more for each of {parameters} parameters")
-        result[name] = {
-            "parameters": parameters,
-            "plain": plain,
-            "added a parameter": added,
-            "that wait": waiting,
-        }
+        plain, full = (kernels(make(network), *given) for make in STEPS["exact"])
+        result[name] = kernels_added(name, parameters, plain, full)
     write(chosen, {**describe(), "networks": result})
 
 

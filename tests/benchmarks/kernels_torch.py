@@ -13,7 +13,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from rounds import describe, options, write
+from rounds import describe, kernels_added, options, write
 from steps_torch import NETWORKS, STEPS, batch
 
 sys.path.append(str(Path(__file__).parents[2]))
@@ -36,15 +36,8 @@ def main() -> None:
     for name in NETWORKS:
         data = batch(name)
         parameters = len([*data.model.parameters()])
-        (plain, _), (full, waiting) = (kernels(partial(step, data)) for step in STEPS["exact"])
-        added = (full - plain) / parameters
-        print(f"{name}: {plain} kernels, {added:.1f} more for each of {parameters} parameters")
-        result[name] = {
-            "parameters": parameters,
-            "plain": plain,
-            "added a parameter": added,
-            "that wait": waiting,
-        }
+        plain, full = (kernels(partial(step, data)) for step in STEPS["exact"])
+        result[name] = kernels_added(name, parameters, plain, full)
     write(chosen, {**describe(), "networks": result})
 
 

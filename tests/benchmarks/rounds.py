@@ -104,6 +104,20 @@ def ratio(base: list[float], taken: list[float]) -> dict[str, float]:
     return quartiles([b / a for a, b in zip(base, taken, strict=True)])
 
 
+def kernels_added(
+    name: str, parameters: int, plain: tuple[int, int], full: tuple[int, int]
+) -> dict[str, float]:
+    """Print and return what statistics add to a network's step, of kernels and those that wait."""
+    added = (full[0] - plain[0]) / parameters
+    print(f"{name}: {plain[0]} kernels, {added:.1f} more for each of {parameters} parameters")
+    return {
+        "parameters": parameters,
+        "plain": plain[0],
+        "added a parameter": added,
+        "that wait": full[1],
+    }
+
+
 def in_words(ratio: dict[str, float]) -> str:
     """Return a ratio's median, and its quartiles."""
     return f"{ratio['median']:.2f} ({ratio['lower']:.2f} to {ratio['upper']:.2f})"
