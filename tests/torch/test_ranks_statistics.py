@@ -51,8 +51,14 @@ def alone(dtype, options, count=3):
 def assert_same(found, expected, rtol):
     for one, other in zip(found, expected, strict=True):
         if isinstance(one, list):
+            # Of parts that were completed by hand, nobody has said which metric they are in.
             one, other = (
-                [torch.as_tensor(number) for step in of for number in dataclasses.astuple(step)]
+                [
+                    torch.as_tensor(number)
+                    for step in of
+                    for name, number in dataclasses.asdict(step).items()
+                    if name != "in_metric"
+                ]
                 for of in (one, other)
             )
         torch.testing.assert_close(one, other, rtol=rtol, atol=rtol)
