@@ -50,6 +50,9 @@ class Accumulation(Passes):
             ``batch_size`` is that of all ranks. ``False`` is for this rank's own microbatches:
             nothing may reduce their gradients over ranks before :meth:`complete`.
         controller: As in :func:`cabs_torch.backward`.
+        in_metric: Whether norms are those in the metric of the step that the optimizer, given in
+            place of parameters, takes next, as with ``optimizer`` of :func:`cabs_torch.backward`.
+            Elementwise squares are kept then, as many as there are parameters.
 
     Raises:
         TypeError: If ``batch_size`` is no integer.
@@ -74,12 +77,14 @@ class Accumulation(Passes):
         batch_size: int,
         process_group: Any = None,
         controller: Any = None,
+        in_metric: bool = False,
     ) -> None:
-        super().__init__(parameters, batch_size, process_group, controller)
+        super().__init__(parameters, batch_size, process_group, controller, in_metric)
         self._engine = None if self._group is None else Engine(self._parameters, self._group)
         self._partial, self._loss = PartialStatistics(), reductions.zero(self._device)
         self._seen: set[int] = set()
         self._scale: Tensor | float = 1.0
+        self._weight: Tensor | float = 1.0
         self._before = self._held()
         self._versions = self._states()
         self._is_broken = False
@@ -120,6 +125,7 @@ class Accumulation(Passes):
         share = size_of(self._group) * examples / self._batch_size
         scaled = loss * share if scaler is None else scaler.scale(loss * share)
         self._scale = 1.0 if scaler is None else scaler.scale(torch.ones_like(loss)).double()
+        self._weight = examples / (share * self._scale) ** 2
         squares, seen = SquareSums(), set[int]()
         with self._watched(partial(self._see, squares, seen)) as nodes:
             known, leaves = set(nodes), leaves_behind(get_gradient_edge(loss).node)
@@ -136,7 +142,7 @@ class Accumulation(Passes):
         self._seen |= seen
         self._loss = self._loss + examples * loss.detach().to(self._device, torch.float64)
         self._versions = self._states()
-        summed = self._summed(squares) / (share * self._scale) ** 2
+        summed = self._summed(squares) * (self._weight / examples)
         self._partial += PartialStatistics.of_group(examples, summed)
 
     def complete(self) -> BatchStatistics:
@@ -213,4 +219,7 @@ class Accumulation(Passes):
         seen.add(id(parameter))
         if self._engine is not None and parameter is self._engine.parameter:
             self._engine.see(gradients)
-        self._square(squares, parameter, gradients[0])
+        if self._metric is None:
+            self._square(squares, parameter, gradients[0])
+        else:
+            self._keep(parameter, gradients[0], self._weight)

@@ -57,6 +57,8 @@ class Microbatches(Passes):
             divided by the number of examples of all ranks, and :math:`g_k = K R \, l_k`.
         process_group: As in :class:`cabs_torch.Accumulation`.
         controller: As in :func:`cabs_torch.backward`.
+        in_metric: As in :class:`cabs_torch.Accumulation`; not with a ``GradScaler``, whose scale
+            would be in the metric.
 
     Raises:
         TypeError: If ``batch_size`` or ``microbatches`` is no integer.
@@ -84,10 +86,11 @@ class Microbatches(Passes):
         reduction: Literal["mean", "sum"] = "mean",
         process_group: Any = None,
         controller: Any = None,
+        in_metric: bool = False,
     ) -> None:
         if reduction not in ("mean", "sum"):
             raise ValueError(f"reduction must be 'mean' or 'sum', got reduction = {reduction!r}")
-        super().__init__(model, batch_size, process_group, controller)
+        super().__init__(model, batch_size, process_group, controller, in_metric)
         self._count = None if microbatches is None else as_integer(microbatches, "microbatches", 1)
         self._is_summed = reduction == "sum"
         if batch_size % (ranks := size_of(self._group)):
@@ -128,7 +131,10 @@ class Microbatches(Passes):
             self._square_held(self._before, parameter)
         if parameter is self._smallest.parameter:
             self._smallest.see(gradients)
-        self._square(self._squares, parameter, gradients[0])
+        if self._metric is None:
+            self._square(self._squares, parameter, gradients[0])
+        else:
+            self._keep(parameter, gradients[0], 1.0)
         if len(self._seen) == len(self._parameters):
             # At once, so that no gradient is held while it is added to.
             self._sums.append(self._summed(self._squares))
@@ -199,6 +205,7 @@ class Microbatches(Passes):
             passes=count,
             loss=loss,
             norms=None if norm is None else self._norms(norm) / ranks,
+            weight=weight,
             required=map(id, self._parameters),
             problem=problem,
             each=count,

@@ -18,7 +18,9 @@ from torch.autograd.graph import get_gradient_edge
 from cabs.values.scalars import as_integer
 from cabs_torch.engines import MeanGradient, make_whole, pieces_of
 from cabs_torch.errors import describe
-from cabs_torch.norms.sums import SquareSums
+from cabs_torch.norms import reductions
+from cabs_torch.norms.sums import SquareSums, Weights
+from cabs_torch.optimizers import metric_of
 from cabs_torch.options import as_groups, parameter_lists
 from cabs_torch.ranks import group_of, is_distributed
 from cabs_torch.statistics import BatchStatistics
@@ -36,11 +38,14 @@ class Passes:
         batch_size: How many examples all passes of all ranks have together.
         process_group: Whose passes these are.
         controller: What all ranks should have alike.
+        in_metric: Whether norms are those in the metric of the optimizer's coming step.
 
     Raises:
-        TypeError: If ``batch_size`` is no integer.
+        TypeError: If ``batch_size`` is no integer, or norms are to be in the metric of something
+            that is no optimizer whose step is known.
         ValueError: If it is below 2, no parameter requires gradients, or one is a ``DTensor`` of
-            which no pass uses the whole.
+            which no pass uses the whole; if the controller's rule takes norms in the metric of a
+            step and these are not, or they are and ``fully_shard`` leaves each rank a piece.
     """
 
     def __init__(
@@ -49,10 +54,13 @@ class Passes:
         batch_size: int,
         process_group: Any,
         controller: Any,
+        in_metric: bool,
     ) -> None:
         self._batch_size = as_integer(batch_size, "batch_size", 2)
         self._group, self._controller = group_of(process_group), controller
         self._is_grouped = isinstance(parameters, torch.optim.Optimizer)
+        self._metric = _metric_of(parameters, in_metric, controller)
+        self._elementwise: dict[int, Tensor] = {}
         if isinstance(parameters, torch.nn.Module):
             make_whole(parameters)
             parameters = parameters.parameters()
@@ -85,6 +93,12 @@ class Passes:
         local = gradient.to_local() if is_distributed(gradient) else gradient
         squares.square(self._groups.numbers[id(parameter)], local)
 
+    def _keep(self, parameter: Tensor, gradient: Tensor, weight: Tensor | float) -> None:
+        """Add a gradient's elementwise squares, times a weight, to those of other passes."""
+        squares = reductions.dense(gradient).square().mul_(weight)
+        known = self._elementwise.get(id(parameter))
+        self._elementwise[id(parameter)] = squares if known is None else known.add_(squares)
+
     def _held_by(self, parameter: Tensor) -> list[Tensor | None]:
         """Return the gradient of what passes use, and that of the piece that an engine keeps."""
         piece = self._pieces.get(id(parameter))
@@ -111,6 +125,7 @@ class Passes:
         loss: Tensor | None,
         norms: Tensor | None = None,
         scale: Tensor | float = 1.0,
+        weight: float = 1.0,
         required: Iterable[int] = (),
         problem: str = "",
         **known: Any,
@@ -125,19 +140,30 @@ class Passes:
             norms: This rank's share of the squared norm of the mean gradient, shape (groups of
                 parameters,), if it is not that of the gradients that parameters hold.
             scale: What the gradients that parameters hold are multiplied by.
+            weight: What the elementwise squares that were kept are to be multiplied by.
             required: The ids of parameters that must have a gradient.
             problem: Why these are no statistics, to be raised when they are read.
             known: Fields of a :class:`cabs_torch.totals.Share`, for a sum over ranks.
         """
+        weights = None
+        # Where there is a problem, gradients may be missing; ranks add up all the same.
+        if self._metric is not None and not problem:
+            weights = self._metric(scale if isinstance(scale, Tensor) else None)
+            square_sum = square_sum + self._kept(weights) * weight
         if self._group is None:
-            squares = self._held() if norms is None else self._shaped(norms)
+            squares = self._held(weights) if norms is None else self._shaped(norms)
             loss = None if loss is None else loss / examples
             return BatchStatistics(
-                examples, passes, square_sum, squares / scale**2, loss=loss, in_metric=False
+                examples,
+                passes,
+                square_sum,
+                squares / scale**2,
+                loss=loss,
+                in_metric=weights is not None,
             )
         gradient = MeanGradient(self._parameters, self._group, required)
         held, alike = gradient.squares(
-            self._groups.numbers.__getitem__, self._groups.count, self._device
+            self._groups.numbers.__getitem__, self._groups.count, self._device, weights
         )
         share = Share(
             examples,
@@ -151,15 +177,61 @@ class Passes:
             measured=passes,
             problem=problem or gradient.problem,
             is_by_example=False,
+            is_in_metric=weights is not None,
             seconds=None if self._controller is None else self._controller.own_seconds,
             **known,
         )
         return TotalStatistics(share, self._group, measured=1.0, is_grouped=self._is_grouped)
 
-    def _held(self) -> Tensor:
-        """Return the squares of the gradients that parameters hold."""
+    def _kept(self, weights: Weights) -> Tensor:
+        """Return the sums of the elementwise squares that were kept, and keep none."""
+        squares, kept = SquareSums(), self._elementwise
+        self._elementwise = {}
+        for parameter in self._parameters:
+            if (summed := kept.pop(id(parameter), None)) is None:
+                continue
+            whole, of_part = reductions.rows(summed), weights(parameter)
+            for part in reductions.blocks(whole):
+                product = whole[part].mul_(of_part(part))
+                squares.add(self._groups.numbers[id(parameter)], product.sum().double())
+        return self._summed(squares)
+
+    def _held(self, weights: Weights | None = None) -> Tensor:
+        """Return the squares of the gradients that parameters hold, times weights."""
         squares = SquareSums()
         for parameter in self._parameters:
-            self._square_held(squares, parameter)
+            if weights is None:
+                self._square_held(squares, parameter)
+            elif parameter.grad is not None:
+                number = self._groups.numbers[id(parameter)]
+                squares.weigh(number, parameter.grad, weights(parameter))
         # At once: gradients that are held would be those of later passes.
         return self._summed(squares)
+
+
+def _metric_of(parameters: Any, in_metric: bool, controller: Any) -> Any:
+    """Return the metric in which norms are to be taken, None where P is 1."""
+    if not in_metric:
+        if controller is not None and getattr(controller.configuration.rule, "adaptive", False):
+            raise ValueError(
+                "in_metric must be True for a controller whose rule is adaptive, which takes norms "
+                "in the metric of the optimizer's step: give the optimizer in place of parameters"
+            )
+        return None
+    if not isinstance(parameters, torch.optim.Optimizer):
+        raise TypeError(
+            "in_metric needs the optimizer in place of parameters, got "
+            f"{type(parameters).__name__}; call with (optimizer, in_metric=True)"
+        )
+    metric = metric_of(parameters)
+    if metric is not None:
+        held = [one for group in parameter_lists(parameters) for one in group]
+        if any(map(torch.is_complex, held)):
+            raise ValueError("in_metric must be False for complex parameters, whose P is not known")
+        if any(map(is_distributed, held)) or pieces_of(held):
+            raise ValueError(
+                "in_metric must be False where fully_shard leaves each rank a piece of a gradient, "
+                "since squares of its elements are of the whole; use DistributedDataParallel, or a "
+                "rule that is not adaptive, such as cabs.Progress(), with statistics without it"
+            )
+    return metric
