@@ -7,6 +7,7 @@ derivative tells.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
@@ -115,7 +116,7 @@ class Dot:
     def spares(self, others: Sequence[Any], cotangent: Any, shape: Sequence[int]) -> bool:
         axes: tuple[Any, ...] = self.axes
         blocks, width, height = [math.prod(shape[axis] for axis in some) for some in axes]
-        if 0 in (cotangent.size, others[0].size):
+        if _has_threads() or 0 in (cotangent.size, others[0].size):
             return False
         length = others[0].size // (blocks * width)
         return outer_products.spared(ARRAYS, length, width, height) > 0
@@ -204,6 +205,12 @@ class Selection:
 
     def spares(self, *_: Any) -> bool:
         return False
+
+
+def _has_threads() -> bool:
+    """Return whether XLA has several threads, of which a stack of products takes one."""
+    known = getattr(os, "sched_getaffinity", None)
+    return (os.cpu_count() if known is None else len(known(0))) != 1
 
 
 def flat(array: Array, batch: int) -> Array:
