@@ -15,7 +15,7 @@ import torch
 
 import cabs_torch
 from cabs_torch.graph.autograd_nodes import is_leaf, name_of
-from cabs_torch.rules import batch_axis, parameter_gradients
+from cabs_torch.rules import batch_axis, broadcast, parameter_gradients
 from cabs_torch.walk import leaves_behind
 from tests.torch.forms import EXAMPLES, FACTORS, GIVEN, Batch, Fixed, Indices, Parameter, X
 
@@ -228,7 +228,7 @@ def test_every_rule_was_driven():
         pytest.skip("only some of the operations were run")
     rules = {
         *parameter_gradients._RULES,
-        *parameter_gradients._FACTORS,
+        *broadcast.FACTORS,
         *batch_axis._RULES,
         *batch_axis._SPLITTING,
         "Cat",

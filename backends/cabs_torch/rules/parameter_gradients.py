@@ -25,8 +25,7 @@ from cabs_torch.norms.arrays import TorchArrays
 from cabs_torch.norms.bags import Bags
 from cabs_torch.norms.convolution import Convolution
 from cabs_torch.rules.batch_axis import of_input
-from cabs_torch.rules.broadcast import FACTORS as _FACTORS
-from cabs_torch.rules.broadcast import ParameterInput, Part, added, parameter_input, scaled
+from cabs_torch.rules.broadcast import FACTORS, ParameterInput, Part, added, parameter_input, scaled
 from cabs_torch.rules.layout import take
 from cabs_torch.rules.registered import check_leading, name_of_rule, place_of, rules_of
 from cabs_torch.rules.registered import term as registered_term
@@ -67,7 +66,7 @@ def _found(
     if find is not None:
         return find(node, layout, index, shape)
     inner = of_input(node, output, layout, index, shape)
-    if inner is None and (factor := _FACTORS.get(name_of(node))) is not None:
+    if inner is None and (factor := FACTORS.get(name_of(node))) is not None:
         return factor(node, layout, index, shape)
     return inner
 
@@ -171,13 +170,11 @@ def _layer_norm(node: Node, layout: Layout, index: int, shape: Shape) -> Layout 
         return added(layout, shape)
     reads = ("input", "result1", "result2")
 
-    def normalized(node: Node, part: Part) -> Tensor:
-        inputs, mean, scale = (part(saved(node, name)) for name in reads)
-        whole: Tensor = (inputs - mean).mul_(scale)
-        return whole
-
     def of_whole(inputs: Tensor, mean: Tensor, scale: Tensor) -> Tensor:
         return (inputs - mean).mul_(scale)
+
+    def normalized(node: Node, part: Part) -> Tensor:
+        return of_whole(*(part(saved(node, name)) for name in reads))
 
     return scaled(layout, shape, normalized, reads, of_whole=of_whole)
 
