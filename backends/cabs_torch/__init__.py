@@ -4,11 +4,11 @@ Guarantees: measures, feeds, and decides nothing; the gradients are those of a p
 """
 
 from cabs.gradients.errors import UncoveredParameterError
-from cabs_torch.accumulation import Accumulation
 from cabs_torch.backward import backward
 from cabs_torch.compiled import CompiledStep, compile  # noqa: A004
 from cabs_torch.data.loader import loader
-from cabs_torch.microbatches import Microbatches
+from cabs_torch.microbatches.accumulation import Accumulation
+from cabs_torch.microbatches.trainers import Microbatches
 from cabs_torch.optimizers import learning_rates
 from cabs_torch.rules.registered import OuterProduct, register_rule
 from cabs_torch.statistics import BatchStatistics, gradient_norm_squared

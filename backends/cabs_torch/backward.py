@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from cabs.values.scalars import as_integer
-from cabs_torch.engines import Engine, MeanGradient
 from cabs_torch.errors import describe_some
 from cabs_torch.graph.autograd_nodes import Node
 from cabs_torch.measure import Measurement
@@ -30,7 +29,15 @@ from cabs_torch.norms.sums import ElementwiseSums, SquareSums
 from cabs_torch.optimizers import metric_of
 from cabs_torch.options import Groups, as_groups, check_beside
 from cabs_torch.plans import walked
-from cabs_torch.ranks import batch_of, check_whole, group_of, size_of, unreduced, weighed
+from cabs_torch.ranks.engines import Engine, MeanGradient
+from cabs_torch.ranks.process_groups import (
+    batch_of,
+    check_whole,
+    group_of,
+    size_of,
+    unreduced,
+    weighed,
+)
 from cabs_torch.statistics import BatchStatistics
 from cabs_torch.summed import Summed, choose
 from cabs_torch.totals import Share, TotalStatistics

@@ -20,7 +20,7 @@ from cabs_torch.errors import describe
 from cabs_torch.graph.autograd_nodes import is_leaf
 from cabs_torch.norms import reductions
 from cabs_torch.options import as_groups
-from cabs_torch.ranks import check_is_local, check_is_own
+from cabs_torch.ranks.process_groups import check_is_local, check_is_own
 from cabs_torch.statistics import BatchStatistics
 from cabs_torch.walk import leaves_behind
 

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cabs_torch.engines import as_used
 from cabs_torch.errors import describe
+from cabs_torch.ranks.engines import as_used
 
 
 @dataclass(frozen=True)

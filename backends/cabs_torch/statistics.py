@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from cabs import GradientStatistics
-from cabs_torch.engines import MeanGradient, as_used
 from cabs_torch.norms import reductions
 from cabs_torch.norms.sums import SquareSums
 from cabs_torch.options import as_groups, parameter_lists
-from cabs_torch.ranks import check_whole, group_of
+from cabs_torch.ranks.engines import MeanGradient, as_used
+from cabs_torch.ranks.process_groups import check_whole, group_of
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from cabs import GradientStatistics
-from cabs_torch.engines import check_alike
+from cabs_torch.ranks.engines import check_alike
 from cabs_torch.statistics import BatchStatistics
 
 

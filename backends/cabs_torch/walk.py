@@ -25,7 +25,7 @@ from cabs_torch.graph.autograd_nodes import (
     shape_of,
 )
 from cabs_torch.graph.reentrant_checkpoints import is_reentrant_checkpoint, run_again
-from cabs_torch.ranks import is_distributed
+from cabs_torch.ranks.process_groups import is_distributed
 from cabs_torch.rules.batch_axis import ELEMENTWISE, LOOKING
 from cabs_torch.rules.broadcast import ParameterInput
 from cabs_torch.rules.parameter_gradients import enter

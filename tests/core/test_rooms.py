@@ -24,6 +24,11 @@ ADAPTER = {
     "rules": {"errors", "graph", "norms", "ranks"},
     "data": set(),
     "ranks": {"errors", "norms"},
+    # Of the walk, no more than which leaves are behind some losses.
+    "microbatches": {
+        *("errors", "graph", "norms", "ranks"),
+        *("optimizers", "options", "statistics", "totals", "walk"),
+    },
 }
 MEASURING = {"cabs", "cabs.gradients", "cabs.values"}
 FEEDING = {"cabs", "cabs.data", "cabs.values"}

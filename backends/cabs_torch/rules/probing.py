@@ -27,7 +27,7 @@ from cabs_torch.graph.autograd_nodes import (
     zeros_for,
 )
 from cabs_torch.norms import reductions
-from cabs_torch.ranks import is_distributed
+from cabs_torch.ranks.process_groups import is_distributed
 from cabs_torch.rules.broadcast import ParameterInput
 from cabs_torch.rules.layout import only
 

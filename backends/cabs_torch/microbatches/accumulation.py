@@ -19,13 +19,13 @@ from torch.autograd.graph import get_gradient_edge
 
 from cabs import PartialStatistics
 from cabs.values.scalars import as_integer
-from cabs_torch.engines import Engine
 from cabs_torch.errors import describe
 from cabs_torch.graph.reentrant_checkpoints import is_reentrant_checkpoint
+from cabs_torch.microbatches.passes import Passes
 from cabs_torch.norms import reductions
 from cabs_torch.norms.sums import SquareSums
-from cabs_torch.passes import Passes
-from cabs_torch.ranks import size_of, unreduced
+from cabs_torch.ranks.engines import Engine
+from cabs_torch.ranks.process_groups import size_of, unreduced
 from cabs_torch.statistics import BatchStatistics
 from cabs_torch.walk import leaves_behind
 

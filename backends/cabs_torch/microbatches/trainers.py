@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from cabs.values.scalars import as_integer
-from cabs_torch.engines import Smallest
 from cabs_torch.errors import describe, describe_some
+from cabs_torch.microbatches.passes import Passes
 from cabs_torch.norms import reductions
 from cabs_torch.norms.sums import SquareSums
-from cabs_torch.passes import Passes
-from cabs_torch.ranks import size_of
+from cabs_torch.ranks.engines import Smallest
+from cabs_torch.ranks.process_groups import size_of
 from cabs_torch.statistics import BatchStatistics
 
 # Larger than what engines lose that send gradients in half precision.

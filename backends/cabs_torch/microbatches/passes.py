@@ -16,13 +16,13 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
 from cabs.values.scalars import as_integer
-from cabs_torch.engines import MeanGradient, make_whole, pieces_of
 from cabs_torch.errors import describe
 from cabs_torch.norms import reductions
 from cabs_torch.norms.sums import SquareSums, Weights
 from cabs_torch.optimizers import metric_of
 from cabs_torch.options import as_groups, parameter_lists
-from cabs_torch.ranks import group_of, is_distributed
+from cabs_torch.ranks.engines import MeanGradient, make_whole, pieces_of
+from cabs_torch.ranks.process_groups import group_of, is_distributed
 from cabs_torch.statistics import BatchStatistics
 from cabs_torch.totals import Share, TotalStatistics
 

@@ -21,7 +21,7 @@ from torch.nn.functional import pad
 
 from cabs_torch.errors import describe
 from cabs_torch.norms.sums import SquareSums, Weights
-from cabs_torch.ranks import is_distributed
+from cabs_torch.ranks.process_groups import is_distributed
 
 # What fully_shard keeps of each parameter, by the ids of the piece and of the whole.
 _known: dict[int, weakref.ref[Any]] = {}
