@@ -36,7 +36,11 @@ def interpreter(version: str) -> str:
 def install(session: nox.Session, *requirements: str, groups: tuple[str, ...] = ()) -> None:
     """Install what is asked for, in the versions that the constraints file pins."""
     wanted = nox.project.dependency_groups(PROJECT, *groups) if groups else ()
-    session.install("--constraint", str(ROOT / "constraints.txt"), *requirements, *wanted)
+    constraints = ("--constraint", str(ROOT / "constraints.txt"))
+    session.install("--no-compile", *constraints, *requirements, *wanted)
+    # On all cores, where pip would take one; some packages hold files that no Python compiles.
+    compile_all = ("python", "-m", "compileall", "-qq", "-j", "0", session.virtualenv.location)
+    session.run(*compile_all, success_codes=(0, 1), silent=True)
 
 
 def test_groups(target: str) -> tuple[str, ...]:
@@ -57,8 +61,9 @@ def run_tests(session: nox.Session, *sources: str) -> None:
     # To compile a test's program takes longer than to run it; the package's tests are optimized.
     flags = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
     session.env.setdefault("XLA_FLAGS", flags)
-    # A file runs in one process: some of its tests ask what others of them have seen.
-    parallel = ("--numprocesses=auto", "--dist=loadfile")
+    # A file runs in one process: some of its tests ask what others of them have seen. Files run in
+    # the order of tests/conftest.py.
+    parallel = ("--numprocesses=auto", "--dist=loadfile", "--no-loadscope-reorder")
     session.run("pytest", *parallel, "--doctest-modules", *sources, *session.posargs)
 
 

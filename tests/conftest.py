@@ -13,3 +13,9 @@ settings.load_profile("ci" if os.environ.get("CI") else "local")
 
 def pytest_addoption(parser):
     parser.addoption("--backend", choices=("torch", "jax", "tensorflow"), help="only this one")
+
+
+def pytest_collection_modifyitems(items):
+    """Run files with slow tests first, so that no process waits for another's at the end."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)

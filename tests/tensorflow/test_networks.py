@@ -28,7 +28,7 @@ BLOCKS = {
 
 @pytest.mark.slow
 @given(names=st.lists(st.sampled_from(sorted(BLOCKS)), min_size=1, max_size=4))
-@settings(max_examples=8)
+@settings(max_examples=5)
 def test_random_models_of_keras_are_exact(names):
     keras.utils.set_random_seed(0)
     keras.config.set_dtype_policy("float64")

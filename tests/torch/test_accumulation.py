@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -35,6 +35,7 @@ def pieces_of(count, sizes):
 
 
 @given(st.integers(0, 2**31), st.lists(st.integers(2, 5), min_size=2, max_size=5))
+@settings(max_examples=30)
 def test_groups_of_any_sizes_are_exact(seed, sizes):
     torch.manual_seed(seed)
     model, m = network().double(), sum(sizes)

@@ -12,7 +12,7 @@ import cabs_torch
 from tests.processes import finished
 
 HERE = Path(__file__).parent
-KILLS = int(os.environ.get("CABS_KILLS", "5"))
+KILLS = int(os.environ.get("CABS_KILLS", "3"))
 
 
 @pytest.mark.slow
