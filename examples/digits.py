@@ -56,8 +56,6 @@ def main() -> None:
     examples, *image_shape = data.train_images.shape
     classes = int(data.train_labels.max()) + 1
     rank, ranks = training.place(options.backend)
-    if ranks > 1 and options.rule == "progress":
-        raise SystemExit("--rule progress measures what a step costs, which ranks would not alike")
     trainer = training.trainer(options.backend, tuple(image_shape), classes, options.seed)
 
     sizes = cabs.BatchSizes.range(16, min(2048, examples))
@@ -86,11 +84,10 @@ def main() -> None:
         while loader.epoch < options.epochs:
             for images, labels in loader:
                 used = loader.batch.examples
-                step = trainer.step(images, labels, rate, used)
+                step = trainer.step(images, labels, rate, used, controller)
                 decision = controller.update(
+                    step.statistics,
                     learning_rate=options.learning_rate,
-                    variance_trace=step.variance_trace,
-                    loss=step.loss,
                     seconds=watch if options.rule == "progress" else None,
                 )
                 # Below 1 only where the rule asks for more than the largest batch.

@@ -74,4 +74,4 @@ class Trainer:
             group["lr"] = learning_rate
         self.optimizer.step()
         accuracy = (scores.argmax(dim=2) == codes[:, 1:]).float().mean()
-        return Step(losses.mean(), statistics.variance_trace, accuracy)
+        return Step(statistics, accuracy)

@@ -72,11 +72,7 @@ def main() -> None:
         while progress.n < options.steps:
             for indices in islice(sampler, options.steps - progress.n):
                 step = trainer.step(examples[indices], rate)
-                decision = controller.update(
-                    learning_rate=options.learning_rate,
-                    variance_trace=step.variance_trace,
-                    loss=step.loss,
-                )
+                decision = controller.update(step.statistics, learning_rate=options.learning_rate)
                 # Below 1 only where the rule asks for more than the largest batch.
                 rate = options.learning_rate * decision.learning_rate_factor
                 log.write(decision, examples=len(indices), accuracy=step.accuracy)

@@ -37,9 +37,9 @@ def loss_and_hit(parameters: Any, example: Any) -> tuple[Array, Array]:
 def step(parameters: Any, batch: Any, mask: Array, learning_rate: float) -> tuple[Any, Step]:
     """Take one step of gradient descent on a padded batch."""
     measured = cabs_jax.value_and_grad(loss_and_hit, has_aux=True)
-    (loss, statistics, hits), gradients = measured(parameters, batch, mask=mask)
+    (_, statistics, hits), gradients = measured(parameters, batch, mask=mask)
     parameters = jax.tree.map(lambda p, g: p - learning_rate * g, parameters, gradients)
-    return parameters, Step(loss, statistics.variance_trace, jnp.mean(hits, where=mask))
+    return parameters, Step(statistics, jnp.mean(hits, where=mask))
 
 
 class Trainer:
@@ -59,9 +59,16 @@ class Trainer:
             "out": {"kernel": uniform()(keys[2], (flat, classes)), "bias": jnp.zeros(classes)},
         }
 
-    def step(self, images: Images, labels: Labels, learning_rate: float, examples: int) -> Step:
+    def step(
+        self,
+        images: Images,
+        labels: Labels,
+        learning_rate: float,
+        examples: int,
+        controller: cabs.Controller,
+    ) -> Step:
         """Take one step of gradient descent."""
-        del examples  # All of them are here.
+        del examples, controller  # All of them are here, and decide alone.
         batch, mask = cabs_jax.pad({"image": images, "label": labels}, GRID)
         self.parameters, taken = step(self.parameters, batch, mask, learning_rate)
         return taken

@@ -7,6 +7,7 @@ import os
 import torch
 from torch import nn
 
+import cabs
 import cabs_torch
 from datasets import Images, Labels
 from training import Step
@@ -36,19 +37,26 @@ class Trainer:
             self.trained = self.model
         self.optimizer = torch.optim.SGD(self.model.parameters())
 
-    def step(self, images: Images, labels: Labels, learning_rate: float, examples: int) -> Step:
+    def step(
+        self,
+        images: Images,
+        labels: Labels,
+        learning_rate: float,
+        examples: int,
+        controller: cabs.Controller,
+    ) -> Step:
         """Take one step of gradient descent."""
         targets = torch.from_numpy(labels)
         outputs = self.trained(torch.from_numpy(images))
         losses = nn.functional.cross_entropy(outputs, targets, reduction="none")
 
         self.optimizer.zero_grad()
-        statistics = cabs_torch.backward(losses, batch_size=examples)
+        statistics = cabs_torch.backward(losses, batch_size=examples, controller=controller)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         self.optimizer.step()
         accuracy = (outputs.argmax(dim=1) == targets).float().mean()
-        return Step(statistics.loss, statistics.variance_trace, accuracy)
+        return Step(statistics, accuracy)
 
     @torch.no_grad()
     def accuracy(self, images: Images, labels: Labels) -> float:

@@ -6,6 +6,7 @@ import importlib
 import os
 from typing import Any, NamedTuple, Protocol
 
+import cabs
 from datasets import Images, Labels
 
 BACKENDS = ("torch", "jax", "tensorflow", "numpy")
@@ -13,18 +14,28 @@ LANGUAGE_BACKENDS = ("torch", "jax", "tensorflow")
 
 
 class Step(NamedTuple):
-    """What one training step showed; numbers of any framework."""
+    """What one training step showed, in any framework."""
 
-    loss: Any
-    variance_trace: Any
+    # What an adapter returned, for the controller.
+    statistics: Any
     accuracy: Any
 
 
 class Trainer(Protocol):
     """A model and its gradient descent, in some framework."""
 
-    def step(self, images: Images, labels: Labels, learning_rate: float, examples: int) -> Step:
-        """Take one step on this rank's share of a batch that has so many examples on all ranks."""
+    def step(
+        self,
+        images: Images,
+        labels: Labels,
+        learning_rate: float,
+        examples: int,
+        controller: cabs.Controller,
+    ) -> Step:
+        """Take one step on this rank's share of a batch that has so many examples on all ranks.
+
+        The controllers of all ranks are compared.
+        """
         ...
 
     def accuracy(self, images: Images, labels: Labels) -> float:
