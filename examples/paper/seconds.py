@@ -4,7 +4,8 @@
     python examples/paper/seconds.py --out QUICK --quick
 
 A step of m examples takes h + m units of time, for four overheads h, so that no machine's noise is
-in the comparison; what it costs to measure is not in it either. A run is a line of
+in the comparison; what it costs to measure is not in it either. At some overheads, constant sizes
+and the rule are also run with a learning rate that decays over the budget. A run is a line of
 RUNS/seconds.jsonl; runs that are there are not made again. seconds_report.py judges what is there.
 """
 
@@ -46,6 +47,8 @@ RULES: dict[str, Callable[[int, bool], Any]] = {
 }
 # Those that ask for the same whatever a step costs.
 BLIND = ("CABS", "norm test 0.9")
+# At the end of a method's name: the learning rate decays to 0 over the budget, as half a cosine.
+COSINE = ", cosine"
 
 
 class Comparison(NamedTuple):
@@ -57,6 +60,9 @@ class Comparison(NamedTuple):
     # Learning rates by optimizer.
     rates: dict[str, tuple[float, ...]]
     rules: tuple[str, ...]
+    # The overheads at which rates decay, too, and the sizes that are then tried.
+    decayed: tuple[int, ...] = ()
+    decayed_sizes: tuple[int, ...] = ()
 
     @property
     def constants(self) -> list[str]:
@@ -72,10 +78,11 @@ _DENSE = Comparison(
     {"SGD": (0.03, 0.1, 0.3), "momentum": (0.004, 0.015, 0.05), "AdamW": (7e-4, 3e-3, 1e-2)},
     tuple(RULES),
 )
+_DECAYED = _DENSE._replace(decayed=(128, 1024), decayed_sizes=(64, 128, 256, 512))
 # Where an example costs a hundred times as much.
 _SHORT = {0: 12e3, 128: 40e3, 1024: 150e3}
 COMPARISONS = {
-    "mnist": _DENSE,
+    "mnist": _DECAYED,
     "fashion-mnist": _DENSE,
     "cifar10": Comparison(
         _SHORT,
@@ -89,7 +96,7 @@ COMPARISONS = {
         {"SGD": (0.3, 1.0), "momentum": (0.05, 0.15), "AdamW": (1e-3, 3e-3)},
         ("Progress", "CABS"),
     ),
-    "digits": _DENSE,
+    "digits": _DECAYED,
 }
 OPTIMIZERS = tuple(_DENSE.rates)
 
@@ -112,6 +119,8 @@ def settings(problems: Iterable[str], seeds: range) -> Iterator[Setting]:
         methods: list[tuple[str, int | None]] = [(one, None) for one in compared.constants]
         for rule in compared.rules:
             methods += [(rule, h) for h in ([None] if rule in BLIND else compared.budgets)]
+        for name in (*(f"constant {size}" for size in compared.decayed_sizes), "Progress"):
+            methods += [(name + COSINE, h) for h in compared.decayed]
         rates = compared.rates[optimizer]
         for rate, seed, (method, overhead) in product(rates, seeds, methods):
             yield Setting(problem, optimizer, rate, method, overhead, seed)
@@ -139,12 +148,14 @@ def train(setting: Setting, problem: Any, scale: float = 1.0) -> dict[str, Any]:
     optimizer = made(setting.optimizer, model, setting.rate)
     compared = COMPARISONS[setting.problem]
     sizes = cabs.BatchSizes.range(SMALLEST, compared.largest)
-    kind, _, size = setting.method.partition(" ")
+    name = setting.method.removesuffix(COSINE)
+    decays = name != setting.method
+    kind, _, size = name.partition(" ")
     controller = None
     if kind == "constant":
         method: Any = Constant(int(size))
     else:
-        rule = RULES[setting.method](setting.overhead or 0, setting.optimizer == "AdamW")
+        rule = RULES[name](setting.overhead or 0, setting.optimizer == "AdamW")
         method = controller = cabs.Controller(sizes=sizes, rule=rule)
     budgets = compared.budgets
     if setting.overhead is not None:
@@ -161,6 +172,9 @@ def train(setting: Setting, problem: Any, scale: float = 1.0) -> dict[str, Any]:
             inputs, targets = problem.batch(indices, shuffled)
             losses = problem.losses(model(inputs), targets)
             optimizer.zero_grad()
+            if decays:
+                cosine = math.cos(math.pi * min(share / scale, 1.0))
+                optimizer.param_groups[0]["lr"] = setting.rate * 0.5 * (1.0 + cosine)
             if controller is None:
                 losses.mean().backward()  # type: ignore[no-untyped-call]
             else:

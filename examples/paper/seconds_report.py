@@ -5,13 +5,15 @@
 For each overhead and learning rate, the best constant size is chosen on one seed, and compared with
 on another, so that luck does not choose it. A rule's time is that to the loss which this constant
 has after an eighth, a quarter and a half of the budget, as a ratio to the constant's own time; a
-loss that is not reached counts as reached at the end. Writes RUNS/seconds.inc,
-seconds-overheads.inc and seconds.svg.
+loss that is not reached counts as reached at the end. Where learning rates decay, the rate is
+chosen as well, by the loss at the end. Writes RUNS/seconds.inc, seconds-overheads.inc,
+seconds-decay.inc and seconds.svg.
 """
 
 from __future__ import annotations
 
 import math
+import re
 import sys
 from collections import defaultdict
 from collections.abc import Iterator
@@ -22,7 +24,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pages import Vector, read, save, table
-from seconds import COMPARISONS, OPTIMIZERS, RULES
+from seconds import COMPARISONS, COSINE, OPTIMIZERS, RULES
 
 SHARES = (1 / 8, 1 / 4, 1 / 2)
 # Times, as shares of the budget, at which curves are compared.
@@ -142,9 +144,44 @@ def rows_of(network: str, optimizer: str, cells: Judged) -> Iterator[tuple[str, 
         )
 
 
+# Whose rates, and sizes, are chosen by the loss at the end: a column each.
+TUNED = ("constant size", f"constant size{COSINE}", "Progress", f"Progress{COSINE}")
+
+
+def decays_of(curves: Curves) -> Iterator[tuple[str, ...]]:
+    """Yield a row for each optimizer and overhead with rates that decay: losses at the end.
+
+    Rate and size are chosen on one seed and judged on another; all losses are over that of the
+    constant size and rate that are the best together.
+    """
+    # By optimizer and overhead: by column: by rate and method: by seed.
+    ends: dict[tuple[str, int], dict[str, dict[tuple[float, str], dict[int, float]]]] = {}
+    for cell, methods in curves.items():
+        if cell.overhead not in COMPARISONS[cell.problem].decayed:
+            continue
+        columns = ends.setdefault((cell.optimizer, cell.overhead), defaultdict(dict))
+        for method, by_seed in methods.items():
+            if len(by_seed) > 1:
+                column = re.sub(r"^constant \d+", TUNED[0], method)
+                columns[column][cell.rate, method] = {
+                    seed: float(curve[-1]) for seed, curve in by_seed.items()
+                }
+    for (optimizer, overhead), columns in ends.items():
+        if not all(columns[name] for name in TUNED):
+            continue
+        found: dict[str, list[float]] = {name: [] for name in TUNED}
+        for first, second in permutations(next(iter(columns[TUNED[0]].values())), 2):
+            for name in TUNED:
+                best = min(columns[name].values(), key=lambda by_seed: by_seed[first])
+                found[name].append(best[second])
+        row = (mean(found[name]) / mean(found[TUNED[0]]) for name in TUNED)
+        yield optimizer, str(overhead), *(f"{ratio:.2f}" for ratio in row)
+
+
 def write(out: Path) -> None:
     """Write the tables and the figure of a folder's runs into it."""
-    judged = judged_of(curves_of(read(out / "seconds.jsonl")))
+    curves = curves_of(read(out / "seconds.jsonl"))
+    judged = judged_of(curves)
     rows, by_overhead = [], []
     for network, problems in NETWORKS.items():
         for optimizer in OPTIMIZERS:
@@ -172,6 +209,9 @@ def write(out: Path) -> None:
     (out / "seconds.inc").write_text(table(header, rows), encoding="utf-8")
     header = ("network", "optimizer", "rule", *(f"h = {overhead}" for overhead in ALL_OVERHEADS))
     (out / "seconds-overheads.inc").write_text(table(header, by_overhead), encoding="utf-8")
+    header = ("optimizer", "h", *TUNED)
+    decay = table(header, list(decays_of(curves)))
+    (out / "seconds-decay.inc").write_text(decay, encoding="utf-8")
     draw(judged, out / "seconds.svg")
 
 

@@ -58,6 +58,19 @@ def test_the_constant_is_chosen_on_one_seed_and_judged_on_another(report):
     assert report.ratios(found)["CABS"][0] == pytest.approx(1.0, rel=0.04)
 
 
+def test_rates_and_sizes_of_what_decays_are_chosen_on_one_seed_and_judged_on_another(report):
+    methods = {
+        "constant 16": {1: 1.0, 2: 1.0},
+        # Luck again.
+        "constant 16, cosine": {1: 16.0, 2: 1.0},
+        "constant 32, cosine": {1: 1.0, 2: 16.0},
+        "Progress": {1: 0.25, 2: 0.25},
+        "Progress, cosine": {1: 4.0, 2: 4.0},
+    }
+    (row,) = report.decays_of(report.curves_of(runs_of(report, methods)))
+    assert row == ("SGD", "1024", "1.00", "1.00", "2.00", "0.50")
+
+
 def test_a_quick_study_leaves_tables_and_a_figure(tmp_path):
     command = [sys.executable, str(PAPER / "seconds.py"), "--out", str(tmp_path), "--quick"]
     result = finished([*command, "--seeds", "2"])
@@ -72,4 +85,5 @@ def test_a_quick_study_leaves_tables_and_a_figure(tmp_path):
     assert result.returncode == 0, result.stderr
     assert "Progress, measured" in (tmp_path / "seconds.inc").read_text()
     assert "h = 8192" in (tmp_path / "seconds-overheads.inc").read_text()
+    assert "Progress, cosine" in (tmp_path / "seconds-decay.inc").read_text()
     assert (tmp_path / "seconds.svg").read_bytes().startswith(b"<?xml")
