@@ -92,19 +92,19 @@ class Progress:
         return self.overhead is None and self.seconds is None
 
     def first_size(self, sizes: BatchSizes) -> int:
-        """Return the smallest size, or for Adam one near the overhead.
+        """Return a size near the overhead; without one, the smallest, or 8 times that for Adam.
 
-        Its second moment remembers the noise of a small first batch for as long as it remembers
-        anything, and shortens all steps until then.
+        The step then takes twice the time of a small one at most, and is not lost to noise. Adam's
+        second moment remembers that noise for as long as it remembers anything.
         """
-        if not self.adaptive:
-            return sizes.minimum
         if self.seconds is not None:
             # As many examples as take twice as long as the smallest size.
             table = dict(self.seconds)
             least = table[min(table)]
             return sizes.nearest(max(m for m, time in table.items() if time <= 2.0 * least))
-        return sizes.nearest(8.0 * sizes.minimum if self.overhead is None else self.overhead)
+        if self.overhead is None:
+            return sizes.nearest((8.0 if self.adaptive else 1.0) * sizes.minimum)
+        return sizes.nearest(self.overhead)
 
     def asked(self, rates: tuple[float, ...], known: Known) -> float | None:
         """Return the size; None where the loss is not above its floor, and does not fall."""

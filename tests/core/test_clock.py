@@ -2,6 +2,7 @@
 
 import json
 import math
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
@@ -218,16 +219,17 @@ def test_a_stopwatch_leaves_out_what_it_is_told_to_and_counts_loading():
     assert StepCost(1.0, 0.5, 0.0).overhead == 2.0
 
 
-def test_the_first_batch_is_the_smallest_or_for_adam_as_large_as_the_overhead():
-    adam = {"adaptive": True}
+@pytest.mark.parametrize("adaptive", [True, False])
+def test_the_first_batch_is_as_large_as_the_overhead(adaptive):
+    rule = partial(Progress, adaptive=adaptive)
     assert Controller(sizes=SIZES).batch_size == 16
-    assert Controller(sizes=SIZES, rule=Progress(1000)).batch_size == 16
-    assert Controller(sizes=SIZES, rule=Progress(1000, **adam)).batch_size == 1000
-    assert Controller(sizes=SIZES, rule=Progress(10**6, **adam)).batch_size == 4096
-    assert Controller(sizes=SIZES, rule=Progress(**adam)).batch_size == 128
-    table = Progress(seconds={16: 1.0, 64: 1.9, 128: 2.5}, **adam)
+    assert Controller(sizes=SIZES, rule=rule(1000)).batch_size == 1000
+    assert Controller(sizes=SIZES, rule=rule(10**6)).batch_size == 4096
+    assert Controller(sizes=SIZES, rule=rule(0)).batch_size == 16
+    assert Controller(sizes=SIZES, rule=rule()).batch_size == (128 if adaptive else 16)
+    table = rule(seconds={16: 1.0, 64: 1.9, 128: 2.5})
     assert Controller(sizes=SIZES, rule=table).batch_size == 64
-    assert Controller(32, sizes=SIZES, rule=Progress(1000, **adam)).batch_size == 32
+    assert Controller(32, sizes=SIZES, rule=rule(1000)).batch_size == 32
 
 
 def test_under_adam_nothing_smaller_than_asked_for_is_tried():
