@@ -34,7 +34,7 @@ class Controller:
 
     Args:
         batch_size: Size of the first batch, in examples; one of ``sizes``. By default what the rule
-            begins with, the smallest of them for most.
+            begins with: near the overhead for ``Progress(overhead)``, otherwise the smallest.
         sizes: The sizes allowed: a :class:`cabs.BatchSizes`, or integers one by one. Within-batch
             statistics need at least 2.
         smoothing: Constant of the exponential averages, in [0, 1).

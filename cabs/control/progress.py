@@ -28,10 +28,11 @@ class Progress:
 
     Args:
         overhead: :math:`h`, from the time of a step, :math:`c (h + m)`: how many examples take as
-            long as the part of a step that does not depend on their number. None measures it:
-            give :meth:`cabs.Controller.update` a :class:`cabs.Stopwatch`, or seconds. Sizes are
-            then varied in the first 16 to 96 steps that are timed, three at a time, between half of
-            what is asked for and four times as much; at first up to 16 times the smallest size.
+            long as the part of a step that does not depend on their number. The first batch is as
+            large. None measures it: give :meth:`cabs.Controller.update` a :class:`cabs.Stopwatch`,
+            or seconds. Sizes are then varied in the first 16 to 96 steps that are timed, three at a
+            time, between half of what is asked for and four times as much; at first up to 16 times
+            the smallest size.
         loss_floor: :math:`F_*`, if it is known. It is not needed.
         adaptive: Whether the optimizer divides by the root of a second moment that the batch is in,
             as Adam does. Then variance and gradient are those in the metric of its step,
