@@ -16,11 +16,12 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from cabs.values.scalars import as_integer
+from cabs_jax.calls import call
 from cabs_jax.graph import meshes
-from cabs_jax.graph.alone import check_alone
-from cabs_jax.graph.arguments import Arguments, positions_of, read_arguments, trace
+from cabs_jax.graph.arguments import Arguments, positions_of, read_arguments
 from cabs_jax.graph.program import Value
 from cabs_jax.graph.reading import read
+from cabs_jax.graph.traced import Traced
 from cabs_jax.marks import Marks
 from cabs_jax.masks import filled
 from cabs_jax.measure import run
@@ -49,7 +50,9 @@ def value_and_grad(
     examples, up to rounding. Norms come out of the same backward pass; of matrices, convolution
     kernels and embedding tables that are used once, per-example gradients are formed for some
     examples at a time, if at all. Works inside ``jax.jit``, and with everything that a jitted step
-    may have around it.
+    may have around it. Outside of it the loss is traced at each call, and what was compiled for an
+    equal trace is run; a loss with effects, such as ``jax.debug.print``, and calls with ``metric``
+    or ``bitwise``, run operation by operation.
 
     Args:
         loss_fn: From parameters and one example, without the batch axis, to its loss, of shape ().
@@ -99,15 +102,24 @@ def value_and_grad(
         >>> float(loss), gradient.tolist(), float(statistics.variance_trace)
         (5.0, [-1.0, -3.0], 20.0)
     """
+    single = isinstance(argnums, int)
 
     def measured(*args: Any, mask: Any = None) -> Any:
         positions = positions_of(argnums, len(args))
-        single = isinstance(argnums, int)
-        found = measure(
-            *(loss_fn, args, positions, has_aux, in_axes, sample, mask),
-            metric if metric is None or not single else lambda given: (metric(given[0]),),
-            bitwise,
-        )
+        traced = Traced.of(loss_fn, read_arguments(args, positions, in_axes), has_aux)
+        mask = None if mask is None else jnp.asarray(mask)
+        if metric is None and not bitwise:
+            # Which function it is only tells how likely an equal trace is to come again.
+            code = getattr(loss_fn, "__code__", None)
+            options = (positions, single, sample, has_aux, code)
+            return call(partial(answer, positions), traced, mask, options)
+        return answer(positions, traced, mask)
+
+    def answer(positions: tuple[int, ...], traced: Traced, mask: Any) -> Any:
+        of_leaves = metric
+        if metric is not None and single:
+            of_leaves = lambda given: (metric(given[0]),)  # noqa: E731
+        found = measure(traced, positions, sample, mask, of_leaves, bitwise)
         gradients = found.gradients[0] if single else found.gradients
         total = sum(found.squares[1:], start=found.squares[0])
         statistics = BatchStatistics(
@@ -155,25 +167,19 @@ class Result:
 
 
 def measure(
-    loss_fn: Callable[..., Any],
-    args: Sequence[Any],
+    traced: Traced,
     argnums: Sequence[int],
-    has_aux: bool,
-    in_axes: Any,
-    sample: int | None,
-    mask: Any,
+    sample: int | None = None,
+    mask: Any = None,
     metric: Callable[[Any], Any] | None = None,
     bitwise: bool = False,
 ) -> Result:
     """Run the loss of one example for all of them, forward and backward, and measure."""
-    arguments = read_arguments(args, argnums, in_axes)
-    examples = arguments.examples
+    own, arguments, closed = traced.own, traced.arguments, traced.closed
+    examples = own.examples
     if sample is not None:
         sample = min(as_integer(sample, "sample", 1), examples)
-    mask = None if mask is None else jnp.asarray(mask)
     counted = _counted(mask, examples)
-    placed, closed, structure = _traced(loss_fn, arguments, has_aux)
-    own, arguments = arguments, placed
     args = arguments.trees()
     scope = read(closed, arguments.statuses)
     terms = penalties.separate(scope)
@@ -255,9 +261,9 @@ def measure(
                 squares[value] = meshes.automatic(penalties.shifted, *shift)
     return Result(
         loss,
-        jax.tree.unflatten(structure, aux),
+        jax.tree.unflatten(traced.structure, aux),
         given,
-        tuple(sorted(_axes_summed(own, arguments))),
+        tuple(sorted(traced.summed)),
         square_of(gradients) if in_metric is None else square_in(in_metric, gradients),
         [squares[value] for value in leaves],
         {names[value]: leaf for value, leaf in leaves.items()},
@@ -286,36 +292,6 @@ def _is_worthwhile(arguments: Arguments, sample: int | None) -> bool:
         and jax.default_backend() == "cpu"
         and meshes.explicit_mesh(map(jax.typeof, arguments.leaves)) is None
     )
-
-
-def _traced(
-    loss_fn: Callable[..., Any], arguments: Arguments, has_aux: bool
-) -> tuple[Arguments, Any, Any]:
-    """Return the loss as a program, and arguments whose parameters differ wherever the loss does.
-
-    Where ``shard_map`` checks what differs between devices, the gradient is then this device's own.
-    JAX adds up the gradients of parameters that are the same on all of them.
-    """
-    axes = frozenset[str]()
-    while True:
-        leaves = zip(arguments.leaves, arguments.is_parameter, strict=True)
-        placed = arguments.with_leaves(
-            meshes.varying(leaf, axes) if is_parameter else leaf for leaf, is_parameter in leaves
-        )
-        closed, structure = trace(loss_fn, placed, has_aux)
-        found = meshes.varying_of(closed.out_avals[0])
-        if found <= axes:
-            check_alone(closed, placed)
-            return placed, closed, structure
-        axes |= found
-
-
-def _axes_summed(own: Arguments, placed: Arguments) -> frozenset[str]:
-    """Return over which axes of a mesh some parameter was the same on all devices."""
-    found = frozenset[str]()
-    for before, after in zip(own.leaves, placed.leaves, strict=True):
-        found |= meshes.varying_of(jax.typeof(after)) - meshes.varying_of(jax.typeof(before))
-    return found
 
 
 def _summed(gradients: tuple[Any, ...], own: Arguments, argnums: Sequence[int]) -> Any:

@@ -16,6 +16,7 @@ from cabs.gradients.verification import relative_error
 from cabs_jax.gradient import measure
 from cabs_jax.graph import meshes
 from cabs_jax.graph.arguments import positions_of, read_arguments
+from cabs_jax.graph.traced import Traced
 
 
 def verify(
@@ -56,8 +57,8 @@ def verify(
         [("argument 0['bias']", 'formed at add'), ("argument 0['weight']", 'matrix')]
     """
     positions = positions_of(argnums, len(args))
-    found = measure(loss_fn, args, positions, has_aux, in_axes, None, None)
     arguments = read_arguments(args, positions, in_axes)
+    found = measure(Traced.of(loss_fn, arguments, has_aux), positions)
     expected = dict.fromkeys(found.leaves, 0.0)
     gradient = jax.jit(jax.grad(loss_fn, argnums=positions, has_aux=has_aux))
     for index in range(arguments.examples):
