@@ -1,4 +1,4 @@
-"""TensorFlow is quiet while it is imported, has two devices, and draws the same numbers."""
+"""TensorFlow is quiet while it is imported, has four devices, and draws the same numbers."""
 
 import os
 
@@ -10,9 +10,9 @@ import keras
 import pytest
 import tensorflow as tf
 
-# Before anything is computed, after which it is too late: two replicas have a device each.
+# Before anything is computed, after which it is too late: each replica has a device.
 (PROCESSOR,) = tf.config.list_physical_devices("CPU")
-tf.config.set_logical_device_configuration(PROCESSOR, [tf.config.LogicalDeviceConfiguration()] * 2)
+tf.config.set_logical_device_configuration(PROCESSOR, [tf.config.LogicalDeviceConfiguration()] * 4)
 
 
 def pytest_configure(config):
