@@ -21,6 +21,7 @@ from torch import Tensor
 
 from cabs.values.scalars import as_integer
 from cabs_torch.errors import describe_some
+from cabs_torch.errors import uncovered as uncovered_error
 from cabs_torch.graph.autograd_nodes import Node
 from cabs_torch.measure import Measurement
 from cabs_torch.norms import reductions
@@ -34,6 +35,7 @@ from cabs_torch.ranks.process_groups import (
     batch_of,
     check_whole,
     group_of,
+    is_distributed,
     size_of,
     unreduced,
     weighed,
@@ -313,6 +315,9 @@ def _from_microbatches(losses: Tensor, walk: Found) -> tuple[SquareSums, SquareS
     squares, means = SquareSums(), SquareSums()
     if not leaves:
         return squares, means
+    cut = [leaf.variable for leaf in leaves if is_distributed(leaf.variable)]
+    if cut:
+        raise uncovered_error(walk.problems[id(cut[0])], cut)
     if walk.checkpoints:
         raise ValueError(
             "uncovered='microbatches' does not work with reentrant checkpoints; use checkpoints "

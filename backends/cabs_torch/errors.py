@@ -24,10 +24,28 @@ class UnknownError(Exception):
 
 def uncovered(problem: str, parameters: Sequence[torch.Tensor]) -> UncoveredParameterError:
     """Return the error for what is the matter, and the parameters that it concerns."""
+    remedy = (
+        "Estimate the variance from groups of examples instead, with cabs_torch.Accumulation, or "
+        "with uncovered='microbatches' for such parameters alone; or leave"
+    )
+    if any(hasattr(one, "device_mesh") for one in parameters):
+        remedy = (
+            "Of tensor parallelism there are no statistics, of groups of examples neither: train "
+            "with DistributedDataParallel or fully_shard; or leave"
+        )
     return UncoveredParameterError(
-        f"{problem}. This concerns {describe_some(parameters)}. Estimate the variance from groups "
-        "of examples instead, with cabs_torch.Accumulation, or with uncovered='microbatches' for "
-        "such parameters alone; or leave them out, with parameter_groups= of those that matter"
+        f"{problem}. This concerns {describe_some(parameters)}. {remedy} them out, with "
+        "parameter_groups= of those that matter"
+    )
+
+
+def between_ranks(name: str) -> UncoveredParameterError:
+    """Return the error for an operation that passes numbers from rank to rank."""
+    return UncoveredParameterError(
+        f"{name} passes numbers from rank to rank, as context and expert parallelism do, so that "
+        "a rank's gradients are not those of its own examples, nor of groups of them; measure "
+        "where each rank computes the losses of its examples alone, as with "
+        "DistributedDataParallel and fully_shard"
     )
 
 

@@ -14,10 +14,11 @@ from torch import Tensor
 
 from cabs.gradients.errors import UncoveredParameterError
 from cabs.gradients.layout import Layout, MixedError
-from cabs_torch.errors import HiddenError, UnknownError, uncovered
+from cabs_torch.errors import HiddenError, UnknownError, between_ranks, uncovered
 from cabs_torch.graph.autograd_nodes import (
     Edge,
     Node,
+    is_collective,
     is_leaf,
     is_measurable,
     is_sink,
@@ -307,11 +308,22 @@ def _why(node: Node, problem: str) -> str:
 
 def leaves_behind(node: Node) -> Iterator[Node]:
     """Yield the parameters, and checkpoints, that a node depends on, the nearest first."""
+    return (one for one in _behind(node) if is_leaf(one) or is_reentrant_checkpoint(one))
+
+
+def check_computed_alone(node: Node) -> None:
+    """Raise UncoveredParameterError if what a node depends on has been on other ranks."""
+    for one in _behind(node):
+        if is_collective(one):
+            raise between_ranks(one.name())
+
+
+def _behind(node: Node) -> Iterator[Node]:
+    """Yield a node and those that it depends on, the nearest first."""
     seen, waiting = {node}, deque([node])
     while waiting:
         node = waiting.popleft()
-        if is_leaf(node) or is_reentrant_checkpoint(node):
-            yield node
+        yield node
         for child, _ in node.next_functions:
             if child is not None and child not in seen:
                 seen.add(child)

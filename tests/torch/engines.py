@@ -5,6 +5,8 @@ import contextlib
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed._composable import replicate
+from torch.distributed._composable.replicate_with_fsdp import replicate as replicate_by_fsdp
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -68,6 +70,8 @@ ENGINES = {
     "fsdp by layers": by_layers,
     "hsdp": hybrid,
     "compressed": compressed,
+    "replicate": replicate,
+    "replicate by fsdp": lambda model: replicate_by_fsdp(model, mesh=all_ranks()),
 }
 
 

@@ -57,6 +57,12 @@ def is_sink(node: Node) -> bool:
     return getattr(node, "_forward_cls", None) is _DDPSink
 
 
+def is_collective(node: Node) -> bool:
+    """Return whether a node passes numbers from rank to rank."""
+    maker = getattr(getattr(node, "_forward_cls", None), "__module__", "")
+    return maker == "torch.distributed.nn.functional" or "_c10d_functional_" in node.name()
+
+
 def is_measurable(edge: Edge) -> bool:
     """Return whether a node's output holds real numbers, one at least."""
     described = edge[0]._input_metadata[edge[1]]

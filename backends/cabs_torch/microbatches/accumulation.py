@@ -25,9 +25,9 @@ from cabs_torch.microbatches.passes import Passes
 from cabs_torch.norms import reductions
 from cabs_torch.norms.sums import SquareSums
 from cabs_torch.ranks.engines import Engine
-from cabs_torch.ranks.process_groups import size_of, unreduced
+from cabs_torch.ranks.process_groups import ranks, size_of, unreduced
 from cabs_torch.statistics import BatchStatistics
-from cabs_torch.walk import leaves_behind
+from cabs_torch.walk import check_computed_alone, leaves_behind
 
 
 class Accumulation(Passes):
@@ -98,6 +98,7 @@ class Accumulation(Passes):
             scaler: A ``torch.amp.GradScaler``, which scales the loss before the backward pass.
 
         Raises:
+            UncoveredParameterError: If the loss was computed with numbers of other ranks.
             TypeError: If ``loss`` is no tensor.
             ValueError: If it is not 0-d, has no graph, or one that none of the parameters is in, or
                 there are more examples than the batch has.
@@ -127,6 +128,8 @@ class Accumulation(Passes):
         self._scale = 1.0 if scaler is None else scaler.scale(torch.ones_like(loss)).double()
         self._weight = examples / (share * self._scale) ** 2
         squares, seen = SquareSums(), set[int]()
+        if ranks() > 1:
+            check_computed_alone(get_gradient_edge(loss).node)
         with self._watched(partial(self._see, squares, seen)) as nodes:
             known, leaves = set(nodes), leaves_behind(get_gradient_edge(loss).node)
             if not any(leaf in known or is_reentrant_checkpoint(leaf) for leaf in leaves):
@@ -136,7 +139,8 @@ class Accumulation(Passes):
                     "fully_shard the module"
                 )
             self._is_broken = True
-            with unreduced(self._parameters) if self._group is None else nullcontext():
+            alone = self._group is None
+            with unreduced(self._parameters, self._held_by) if alone else nullcontext():
                 scaled.backward()
         self._is_broken = False
         self._seen |= seen

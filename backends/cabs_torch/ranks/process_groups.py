@@ -6,7 +6,7 @@ an engine makes of gradients during a backward pass is noticed.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -17,6 +17,9 @@ from torch.nn.functional import pad
 
 from cabs_torch.errors import describe
 from cabs_torch.norms import reductions
+
+Held = Callable[[Tensor], Sequence[Tensor | None]]
+"""From a parameter, the gradients that are held for it."""
 
 # Sums of each gradient that are compared, each over as many elements.
 _BLOCKS = 1024
@@ -114,10 +117,14 @@ def check_is_local(model: torch.nn.Module) -> None:
 
 
 @contextmanager
-def unreduced(parameters: Iterable[Tensor]) -> Iterator[None]:
+def unreduced(parameters: Iterable[Tensor], held_by: Held | None = None) -> Iterator[None]:
     """Notice what somebody else makes of gradients in a backward pass, where there are ranks.
 
     Looks at values, which waits for the device.
+
+    Args:
+        parameters: Those whose gradients the pass gives.
+        held_by: From a parameter, the gradients held for it; that of its own if left out.
 
     Raises:
         RuntimeError: If gradients afterwards are not those before and what the pass gave.
@@ -126,7 +133,7 @@ def unreduced(parameters: Iterable[Tensor]) -> Iterator[None]:
         yield
         return
     trained = [one for one in parameters if one.requires_grad]
-    watched = [_Watched(one) for one in trained]
+    watched = [_Watched(one, held_by or _grad) for one in trained]
     nodes = [get_gradient_edge(one).node for one in trained]
     with ExitStack() as hooks:
         for node, one in zip(nodes, watched, strict=True):
@@ -146,12 +153,17 @@ def unreduced(parameters: Iterable[Tensor]) -> Iterator[None]:
 class _Watched:
     """Sums of a parameter's gradient over blocks, as they are to be after a backward pass."""
 
-    def __init__(self, parameter: Tensor) -> None:
+    def __init__(self, parameter: Tensor, held_by: Held) -> None:
         self.parameter = parameter
+        self._held_by = held_by
         self._sums: list[Tensor] = []
         self._sizes: list[Tensor] = []
-        if parameter.grad is not None:
-            self._note(parameter.grad)
+        for gradient in self._held():
+            self._note(gradient)
+
+    def _held(self) -> list[Tensor]:
+        held: list[Any] = [one for one in self._held_by(self.parameter) if one is not None]
+        return [one.to_local() if is_distributed(one) else one for one in held]
 
     def add(self, gradients: tuple[Tensor | None, ...]) -> None:
         """Note what the pass gives."""
@@ -167,14 +179,19 @@ class _Watched:
         """Return whether the gradient is the sum of what was there and what was given."""
         if not self._sums:
             return True
-        if self.parameter.grad is None:
+        held = self._held()
+        if not held:
             return False
-        found, _ = _sums(self.parameter.grad)
+        found = torch.stack([_sums(one)[0] for one in held]).sum(dim=0)
         expected, size = torch.stack(self._sums).sum(dim=0), torch.stack(self._sizes).sum(dim=0)
-        slack = 64 * torch.finfo(self.parameter.grad.dtype).eps * size
+        slack = 64 * torch.finfo(held[0].dtype).eps * size
         # What overflowed says nothing of who added what.
         is_near = ((found - expected).abs() <= slack) | ~expected.isfinite()
         return bool(is_near.all())
+
+
+def _grad(parameter: Tensor) -> list[Tensor | None]:
+    return [parameter.grad]
 
 
 def _sums(gradient: Tensor) -> tuple[Tensor, Tensor]:

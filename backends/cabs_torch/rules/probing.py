@@ -17,10 +17,11 @@ from torch import Tensor
 
 from cabs.gradients.layout import Layout, MixedError, Shape
 from cabs.gradients.terms import Materialized, Term
-from cabs_torch.errors import HiddenError
+from cabs_torch.errors import HiddenError, between_ranks
 from cabs_torch.graph.autograd_nodes import (
     Node,
     call,
+    is_collective,
     is_own_function,
     is_packed,
     shape_of,
@@ -36,10 +37,13 @@ def check(node: Node) -> None:
     """Raise if a node cannot be called apart from the backward pass.
 
     Raises:
+        UncoveredParameterError: If it passes numbers from rank to rank.
         MixedError: If it is that of a compiled function, which overwrites what it saved, or of a
             function that does so.
         HiddenError: If it runs a backward pass of its own.
     """
+    if is_collective(node):
+        raise between_ranks(node.name())
     if node.name() == "CompiledFunctionBackward":
         raise MixedError("is a compiled function; compile the step with cabs_torch.compile")
     if not is_own_function(node) or is_packed(node):
