@@ -15,6 +15,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
 from torch.nn.functional import cross_entropy
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 
 import cabs
@@ -151,37 +152,58 @@ ALONE = """
 import sys
 sys.path.insert(0, {root!r})
 from tests.torch import test_trainers_documentation as tests
-tests.{name}()
+tests.{call}
 """
 
 
-def run_alone(name, tmp_path):
-    program = ALONE.format(root=str(PAGE.parents[1]), name=name)
+def run_alone(call, tmp_path, ranks=1):
+    program = tmp_path / "program.py"
+    program.write_text(ALONE.format(root=str(PAGE.parents[1]), call=call))
+    starter = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    command = [sys.executable, *(starter if ranks > 1 else []), program]
     env = {**os.environ, "ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", program], env=env, cwd=tmp_path, capture_output=True, timeout=120
-    )
+    done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, timeout=120)
     assert done.returncode == 0, done.stderr.decode()
 
 
-def by_accelerate():
-    from accelerate import Accelerator
+def by_accelerate(engine):
+    from accelerate import Accelerator, FullyShardedDataParallelPlugin
+    from accelerate.state import AcceleratorState
+    from accelerate.utils import DistributedType
 
     accelerator, model = Accelerator(cpu=True), network()
+    if engine == "fully_shard":
+        # Accelerate leaves it to GPUs, unless its state says otherwise.
+        AcceleratorState._shared_state |= {
+            "distributed_type": DistributedType.FSDP,
+            "fsdp_plugin": FullyShardedDataParallelPlugin(
+                fsdp_version=2, auto_wrap_policy="size_based_wrap", min_num_params=1
+            ),
+        }
     names = known(model, 1)
     dataset = torch.utils.data.TensorDataset(*data())
     loader = torch.utils.data.DataLoader(dataset, batch_size=EACH)
     prepared = accelerator.prepare(model, names["optimizer"], loader)
     names |= dict(zip(("model", "optimizer", "loader"), prepared, strict=True))
+    kinds = {"ddp": DistributedDataParallel, "fully_shard": FSDPModule}
+    assert isinstance(names["model"], kinds.get(engine, nn.Sequential))
     exec(printed("Hugging Face Accelerate"), names | {"accelerator": accelerator}, names)
-    _, statistics, expected = a_loop_like_torchtitans(True)
-    assert names["statistics"].read().variance_trace == pytest.approx(statistics.variance_trace)
-    torch.testing.assert_close(weights(model), expected)
+    trace = names["statistics"].read().variance_trace
+    found = names["controller"].batch_size, trace, weights(names["model"])
+    torch.save(found, f"{accelerator.process_index}.pt")
+    accelerator.end_training()
 
 
-def test_accelerate_trains_as_a_loop_of_ones_own(tmp_path):
+@pytest.mark.parametrize(("engine", "ranks"), [(None, 1), ("ddp", 2), ("fully_shard", 2)])
+def test_accelerate_trains_as_a_loop_of_ones_own(tmp_path, engine, ranks):
     pytest.importorskip("accelerate")
-    run_alone("by_accelerate", tmp_path)
+    run_alone(f"by_accelerate({engine!r})", tmp_path, ranks)
+    state, statistics, expected = a_loop_like_torchtitans(True)
+    for rank in range(ranks):
+        size, trace, trained = torch.load(tmp_path / f"{rank}.pt")
+        assert size == state["state"]["batch_size"] != 12
+        assert trace == pytest.approx(statistics.variance_trace)
+        torch.testing.assert_close(trained, expected)
 
 
 class Model(nn.Module):
@@ -237,4 +259,4 @@ def by_trainer():
 def test_a_callback_of_trainer_measures(tmp_path):
     pytest.importorskip("accelerate")
     pytest.importorskip("transformers")
-    run_alone("by_trainer", tmp_path)
+    run_alone("by_trainer()", tmp_path)
