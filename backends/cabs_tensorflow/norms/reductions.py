@@ -57,13 +57,12 @@ def in_chunks(function: Callable[..., Any], tensors: Sequence[Any], needed: int)
     """
     if not needed:
         return function(*tensors)
-    size: Any = max(1, _CHUNK // needed)
+    most = max(1, _CHUNK // needed)
     examples = tensors[0].shape[0]
-    if examples is not None and examples <= size:
+    if examples is not None and examples <= most:
         return function(*tensors)
     count = tf.shape(tensors[0])[0]
-    # No more chunks than there have to be, and none that is much smaller than the others.
-    size = -(-examples // -(-examples // size)) if examples else tf.clip_by_value(count, 1, size)
+    size = _dynamic_size(count, most) if examples is None else _size(examples, most)
     whole = count // size
 
     def add(index: Any, total: Any) -> Any:
@@ -78,9 +77,27 @@ def in_chunks(function: Callable[..., Any], tensors: Sequence[Any], needed: int)
     return total
 
 
+def _size(examples: int, most: int) -> int:
+    """Return how many examples are taken at a time: about ``most``, and equal parts if there are.
+
+    What unequal parts leave over is computed by a copy of the function, which XLA compiles too.
+    """
+    equal = max(size for size in range(1, 3 * most // 2 + 1) if examples % size == 0)
+    return equal if 2 * equal > most else -(-examples // -(-examples // most))
+
+
+def _dynamic_size(examples: Any, most: int) -> Any:
+    """Return the same of a tensor; XLA knows it when it compiles."""
+    size = tf.clip_by_value(examples, 1, most)
+    sizes = tf.range(1, tf.clip_by_value(examples, 1, 3 * most // 2) + 1)
+    equal = tf.reduce_max(tf.where(examples % sizes == 0, sizes, 1))
+    return tf.where(2 * equal > size, equal, size)
+
+
 def _chunk(tensor: Any, index: Any, size: Any) -> Any:
     """Return one of the equal parts of a tensor; XLA has to know their size."""
     rank, known = tensor.shape.rank, size if isinstance(size, int) else None
     begin = tf.concat([(index * size)[None], tf.zeros([rank - 1], tf.int32)], 0)
-    cut = tf.slice(tensor, begin, tf.stack([size, *[-1] * (rank - 1)]))
+    # XLA pads a tensor to twice its size along each axis whose size is -1 here.
+    cut = tf.slice(tensor, begin, tf.stack([size, *sizes_of(tensor)[1:]]))
     return tf.ensure_shape(cut, [known, *tensor.shape[1:]])
