@@ -18,11 +18,11 @@ from cabs_tensorflow.errors import uncovered
 from cabs_tensorflow.graph.program import Call, Program
 from cabs_tensorflow.graph.symbolic_shapes import Sizes
 from cabs_tensorflow.norms import reductions
-from cabs_tensorflow.norms.arrays import ARRAYS
 from cabs_tensorflow.rules.batch_axis import check_inside
 from cabs_tensorflow.rules.layout import Batch
 from cabs_tensorflow.rules.parameter_gradients import ParameterInput
-from cabs_tensorflow.rules.uses import formed_to_be_summed, total_squares, weighted_squares
+from cabs_tensorflow.rules.shared_functions import SharedFunctions
+from cabs_tensorflow.rules.uses import squares_and_sum, total_squares, weighted_squares
 from cabs_tensorflow.walk import Walk
 
 
@@ -70,6 +70,7 @@ class Measurement:
         self._targets = self._find_targets()
         self._known: dict[str, Any] = {}
         self._uses: dict[int, list[tuple[Term, ParameterInput]]] = defaultdict(list)
+        self._functions = SharedFunctions()
         self._squares: dict[int, Any] = {}
         """Of leaves whose gradients were summed up, of all elements or of each."""
 
@@ -131,16 +132,13 @@ class Measurement:
             ((term, entered), *more) = some
             if more or leaf not in leaves or entered.operation.name in self._program.owners:
                 continue
-            formed = formed_to_be_summed(term, math.prod(entered.layout.one))
-            if formed is None:
+            positions = math.prod(entered.layout.one)
+            found = squares_and_sum(self._functions, term, positions, is_elementwise=is_elementwise)
+            if found is None:
                 continue
-            if is_elementwise:
-                squares, total = formed.coordinate_squares_and_sum(ARRAYS)
-                self._squares[leaf] = squares[0]
-            else:
-                self._squares[leaf], total = formed.squares_and_sum(ARRAYS)
+            self._squares[leaf], total = found
             # As the operation took the variable, in half precision perhaps.
-            made[leaf] = tf.cast(total[0], entered.tensor.dtype)
+            made[leaf] = tf.cast(total, entered.tensor.dtype)
         return made
 
     def square_sums(self, weights: Sequence[Any] | None = None) -> list[Any]:
@@ -159,7 +157,10 @@ class Measurement:
                 sums[leaf] = squares
                 continue
             terms = [term for term, _ in some]
-            sums[leaf] = total_squares(terms) if weight is None else weighted_squares(terms, weight)
+            if weight is None:
+                sums[leaf] = total_squares(self._functions, terms)
+            else:
+                sums[leaf] = weighted_squares(terms, weight)
         for own, layout in self._walk.own.items():
             leaf = self._own_leaf(own)
             cotangent = self._known.get(own)

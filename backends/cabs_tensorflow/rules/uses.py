@@ -18,6 +18,7 @@ from cabs.gradients.terms import Formed, Materialized, Product, Term, together
 from cabs_tensorflow.norms import reductions
 from cabs_tensorflow.norms.arrays import ARRAYS, TensorflowArrays
 from cabs_tensorflow.norms.convolution import Convolution
+from cabs_tensorflow.rules.shared_functions import SharedFunctions
 
 
 @dataclass(frozen=True)
@@ -50,46 +51,90 @@ class Pulled:
         return self.term.squares(arrays) if self.keeps_norm else materialized_squares([self])
 
 
-def formed_to_be_summed(term: Term, positions: int | None) -> Formed | None:
-    """Return how gradients are formed, where their sum is cheaper than a gradient beside them.
+def squares_and_sum(
+    functions: SharedFunctions, term: Term, positions: int | None, *, is_elementwise: bool
+) -> tuple[Any, Any] | None:
+    """Return the squares of gradients and their sum, where that is cheaper than a gradient beside.
 
     Args:
+        functions: What equal terms share.
         term: The only use of a variable.
         positions: How many elements of what was computed from it an example has; None if unknown.
+        is_elementwise: Whether the squares of elements are wanted, in the parameter's shape, and
+            not those of norms.
     """
-    if isinstance(term, Pulled):
-        inner = formed_to_be_summed(term.term, positions) if term.keeps_norm else None
-        if inner is None:
+    pulls = []
+    while isinstance(term, Pulled):
+        if not term.keeps_norm:
             return None
-        arranged = inner.arranged
-        return inner._replace(arranged=lambda total: term.pull(arranged(total)))
-    if isinstance(term, Convolution):
-        return term.formed(ARRAYS) if term.spared() else None
-    if isinstance(term, Product):
-        sizes = (*term.left.shape[1:], term.right.shape[3])
-        if None not in sizes and not outer_products.spared(ARRAYS, *sizes[1:]):
-            return None
-        return term.formed(ARRAYS)
-    if isinstance(term, Materialized) and positions != math.prod(term.shape):
-        # They were summed over positions, which are many, and are at hand.
-        return term.formed(ARRAYS)._replace(needed=0)
-    return None
+        pulls.append(term.pull)
+        term = term.term
+    if not _is_to_be_summed(term, positions):
+        return None
+    ask = _ask(functions, term)
+    squares, total = ask(_of_elements_and_sum if is_elementwise else _of_norms_and_sum, term)
+    for pull in reversed(pulls):
+        total = pull(total)
+        squares = pull(squares) if is_elementwise else squares
+    return squares[0] if is_elementwise else squares, total[0]
 
 
-def total_squares(terms: Sequence[Term]) -> Any:
+def total_squares(functions: SharedFunctions, terms: Sequence[Term]) -> Any:
     """Return the sum over examples of the squared norm of a variable's gradient.
 
     Where there are several uses, the gradients of all are added before they are squared: from their
     factors where all are uses as a matrix or a table; else they are materialized.
     """
-    if len(terms) == 1:
-        return terms[0].squares(ARRAYS)
     pulled = [term for term in terms if isinstance(term, Pulled)]
     keys = {one.key for one in pulled}
+    if len(terms) == 1 and pulled and pulled[0].keeps_norm:
+        return total_squares(functions, [pulled[0].term])
+    if len(terms) == 1:
+        return _ask(functions, terms[0])(_of_norms, terms[0])
     if len(pulled) == len(terms) and len(keys) == 1 and None not in keys:
-        return total_squares([one.term for one in pulled])
+        return total_squares(functions, [one.term for one in pulled])
     found = together(ARRAYS, terms)
     return materialized_squares(terms) if found is None else found
+
+
+def _is_to_be_summed(term: Any, positions: int | None) -> bool:
+    """Return whether gradients are formed, and their sum is cheaper than a gradient beside them."""
+    if isinstance(term, Convolution):
+        return term.spared() > 0
+    if isinstance(term, Product):
+        sizes = (*term.left.shape[1:], term.right.shape[3])
+        return None in sizes or outer_products.spared(ARRAYS, *sizes[1:]) > 0
+    # They were summed over positions, which are many, and are at hand.
+    return isinstance(term, Materialized) and positions != math.prod(term.shape)
+
+
+def _formed(term: Any) -> Formed:
+    formed: Formed = term.formed(ARRAYS)
+    return formed._replace(needed=0) if isinstance(term, Materialized) else formed
+
+
+def _of_norms(term: Any) -> Any:
+    return term.squares(ARRAYS)
+
+
+def _of_norms_and_sum(term: Any) -> Any:
+    return _formed(term).squares_and_sum(ARRAYS)
+
+
+def _of_elements_and_sum(term: Any) -> Any:
+    return _formed(term).coordinate_squares_and_sum(ARRAYS)
+
+
+def _ask(functions: SharedFunctions, term: Any) -> Callable[[Callable[[Any], Any], Any], Any]:
+    """Return how to ask a term: by a shared function, if it takes more than a call of one does."""
+    is_little = not isinstance(term, Convolution | Product) or (
+        isinstance(term, Product) and term.left.shape[2] == 1
+    )
+    return _directly if is_little else functions.ask
+
+
+def _directly(question: Callable[[Any], Any], term: Any) -> Any:
+    return question(term)
 
 
 def weighted_squares(terms: Sequence[Term], weight: Any) -> Any:
