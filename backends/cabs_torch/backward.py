@@ -43,7 +43,7 @@ from cabs_torch.ranks.process_groups import (
 from cabs_torch.statistics import BatchStatistics
 from cabs_torch.summed import Summed, choose
 from cabs_torch.totals import Share, TotalStatistics
-from cabs_torch.walk import Found, Policy
+from cabs_torch.walk import Found, Policy, behind_one
 
 # Groups of examples for parameters that no rule covers.
 _GROUPS = 4
@@ -75,9 +75,10 @@ def backward(
     are. An example's gradient is that of its own loss, :math:`g_i = \nabla \ell_i`.
 
     Args:
-        losses: One loss an example, shape (m,) with m at least 2, floating point, with a graph.
-            The examples may lie along any axis inside the model, as long as no operation mixes
-            them. Several losses of a model are added first.
+        losses: One loss an example, shape (m,), floating point, with a graph. The whole batch has
+            two at least, a rank or a microbatch may have one. The examples may lie along any axis
+            inside the model, as long as no operation mixes them. Several losses of a model are
+            added first.
         parameters: What to measure, an iterable; all parameters by default. The sums are over these
             alone, and ``measured`` says which share of the elements they are. Norm layers alone
             cost next to nothing, and show the noise scale of a transformer roughly
@@ -148,8 +149,8 @@ def backward(
         >>> round(float(statistics.variance_trace), 6)
         2.0
     """
-    check_losses(losses)
     group = group_of(process_group)
+    check_losses(losses, is_whole=group is None and batch_size in (None, 1))
     examples = len(losses)
     measured_examples = (
         examples if sample is None else min(as_integer(sample, "sample", 1), examples)
@@ -162,12 +163,21 @@ def backward(
         raise ValueError(
             f"uncovered must be 'error', 'microbatches' or 'ignore', got uncovered = {uncovered!r}"
         )
+    if uncovered == "ignore" and examples == 1:
+        raise ValueError(
+            "uncovered must not be 'ignore' for a single example, of which every parameter is "
+            "measured; give two at least, or parameters= of those that matter"
+        )
     microbatch = batch_size if group is None else None
     metric, wanted, is_grouped = _asked(
         optimizer, parameters, parameter_groups, microbatch, uncovered
     )
     numbers = None if wanted is None else wanted.numbers
-    walk = walked(losses, strict=uncovered == "error", wanted=numbers)
+    if examples == 1:
+        # All is its own; where the batch lies cannot be told from axes of length one.
+        walk = behind_one(losses, numbers)
+    else:
+        walk = walked(losses, strict=uncovered == "error", wanted=numbers)
     measured = walk.measured
     found = {**walk.leaves, **walk.hidden, **(walk.refused if uncovered == "microbatches" else {})}
     _check_found(found, wanted)
@@ -225,6 +235,8 @@ def backward(
         weights = metric(scale)
         with torch.no_grad():
             sums = elementwise.weighted(weights)
+    if examples == 1:
+        sums = sums[1], sums[1]
     squares = summed(sums[0]) * (examples / measured_examples) / factor**2
     squares = squares + summed(estimated[0])
     if engine is None:
@@ -344,8 +356,8 @@ def _from_microbatches(losses: Tensor, walk: Found) -> tuple[SquareSums, SquareS
     return squares, means
 
 
-def check_losses(losses: Any) -> None:
-    """Raise TypeError or ValueError for what is no batch of losses with a graph."""
+def check_losses(losses: Any, *, is_whole: bool = True) -> None:
+    """Raise TypeError or ValueError for what are no losses of a batch, or a part, with a graph."""
     if not isinstance(losses, Tensor):
         raise TypeError(f"losses must be a tensor, got {type(losses).__name__}")
     check_whole([losses])
@@ -366,9 +378,9 @@ def check_losses(losses: Any) -> None:
             "losses must carry a graph to the parameters, and gradients must be enabled; were the "
             "losses detached, or is torch.no_grad() in force?"
         )
-    if len(losses) == 1:
+    if len(losses) == 1 and is_whole:
         raise ValueError(
             "losses must be those of at least two examples, since one shows no variance; call "
-            "losses.mean().backward() and keep the batch size, or leave out the last batch; with "
-            "several ranks, each needs two"
+            "losses.mean().backward() and keep the batch size, or leave out the last batch; if it "
+            "is a microbatch, give the number of examples in all of them as batch_size"
         )

@@ -210,10 +210,8 @@ class Walk(Found):
                     "a parameter is given to a reentrant checkpoint, for all examples",
                     [leaf.variable],
                 )
-            elif is_distributed(leaf.variable):
-                self._refuse(leaf, "is a DTensor, of which this rank may hold a part")
-            elif leaf.variable._backward_hooks:
-                self._refuse(leaf, "has a hook, which can change its gradient")
+            elif fault := _fault(leaf):
+                self._refuse(leaf, fault)
             elif self.leaves.setdefault(id(leaf.variable), leaf) is not leaf:
                 self._refuse(leaf, "is held by the graph in two places")
         self.meetings.append(Meeting(node, found, source))
@@ -279,6 +277,43 @@ class Walk(Found):
                 raise _error(culprit, problem)
             self.refused[id(leaf.variable)] = leaf
             self.problems.setdefault(id(leaf.variable), _why(culprit, problem))
+
+
+def behind_one(losses: Tensor, wanted: Container[int] | None = None) -> Found:
+    """Return what is behind the loss of one example, whose gradients are those of the pass.
+
+    Args:
+        losses: Shape (1,), with a graph. Nothing is asked of its operations.
+        wanted: The ids of the parameters that matter; all do if None.
+
+    Raises:
+        UncoveredParameterError: If a gradient of the pass is not that of this example.
+    """
+    found, last = Found(), losses.grad_fn
+    check_computed_alone(last)
+    for leaf in leaves_behind(last):
+        if is_reentrant_checkpoint(leaf):
+            raise _error(
+                leaf,
+                "is a reentrant checkpoint behind a single example; take use_reentrant=False, or "
+                "two examples at least",
+            )
+        if fault := _fault(leaf):
+            raise _error(leaf, fault)
+        found.leaves[id(leaf.variable)] = leaf
+    found.elements = _elements(found.leaves)
+    if wanted is not None:
+        found.leaves = _only(found.leaves, wanted)
+    return found
+
+
+def _fault(leaf: Node) -> str | None:
+    """Return why the gradient that passes to a parameter is not what losses have made of it."""
+    if is_distributed(leaf.variable):
+        return "is a DTensor, of which this rank may hold a part"
+    if leaf.variable._backward_hooks:
+        return "has a hook, which can change its gradient"
+    return None
 
 
 def _elements(leaves: Mapping[int, Node]) -> int:

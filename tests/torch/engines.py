@@ -30,8 +30,13 @@ def batch(dtype=torch.float64):
 
 
 def share(is_equal):
-    """Return which examples this rank has: the same number, or the more the higher it is."""
+    """Return which examples this rank has: the same number, or the more the higher it is.
+
+    With None it is one, and the last rank has all others.
+    """
     rank, ranks = dist.get_rank(), dist.get_world_size()
+    if is_equal is None:
+        return list(range(rank, M)) if rank == ranks - 1 else [rank]
     if is_equal:
         return list(range(rank, M, ranks))
     edges = [M * k * (k + 1) // (ranks * (ranks + 1)) for k in (rank, rank + 1)]

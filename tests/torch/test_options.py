@@ -8,9 +8,11 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import cabs
 import cabs_torch
+from cabs.gradients.errors import UncoveredParameterError
 from tests.torch.models import Residual, cross_entropy, squares
 from tests.torch.reference import gradients_one_by_one
 
@@ -77,7 +79,7 @@ def test_an_optimizer_gives_one_trace_a_group_for_its_learning_rates():
     assert not decision.held
 
 
-@given(st.integers(0, 2**31), st.lists(st.integers(2, 4), min_size=1, max_size=4))
+@given(st.integers(0, 2**31), st.lists(st.integers(1, 4), min_size=2, max_size=4))
 def test_microbatches_add_up_to_the_statistics_of_the_whole_batch(seed, sizes):
     torch.manual_seed(seed)
     model, total = Residual().double(), sum(sizes)
@@ -98,6 +100,26 @@ def test_microbatches_add_up_to_the_statistics_of_the_whole_batch(seed, sizes):
     )
     for one, other in zip(model.parameters(), whole.parameters(), strict=True):
         torch.testing.assert_close(one.grad, other.grad)
+
+
+def test_a_microbatch_of_one_example_is_that_or_an_error():
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+    inputs, targets = torch.randn(1, 3).double(), torch.tensor([1])
+    groups = [list(model[0].parameters()), [model[2].bias]]
+    losses = cross_entropy(model(inputs), targets)
+    found = cabs_torch.backward(losses, batch_size=6, parameter_groups=groups).partial
+    plain = [one.grad * 6 for one in (*groups[0], *groups[1])]
+    squares = torch.stack([one.square().sum() for one in plain])
+    expected = torch.stack([squares[:2].sum(), squares[2]])
+    torch.testing.assert_close(found.group_square_sum, expected)
+    with pytest.raises(ValueError, match="must not be 'ignore' for a single example"):
+        cabs_torch.backward(cross_entropy(model(inputs), targets), batch_size=6, uncovered="ignore")
+    hidden = checkpoint(model[1], model[0](inputs), use_reentrant=True)
+    with pytest.raises(UncoveredParameterError, match="checkpoint behind a single example; take"):
+        cabs_torch.backward(cross_entropy(model[2](hidden), targets), batch_size=6)
+    model[0].weight.register_hook(lambda gradient: 2.0 * gradient)
+    with pytest.raises(UncoveredParameterError, match="has a hook, which can change its gradient"):
+        cabs_torch.backward(cross_entropy(model(inputs), targets), batch_size=6)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -1,6 +1,7 @@
 """Gradients that ranks compute together are measured as what they are, or there is an error."""
 
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,9 +13,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+from torch.nn.modules._functions import SyncBatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 import cabs_torch
+from cabs_torch.graph.autograd_nodes import is_collective
 from tests.torch.engines import M, losses_of, network
 
 
@@ -110,6 +113,12 @@ def test_numbers_that_pass_from_rank_to_rank_are_an_error(two, gather, how):
     for said in two.run(of_context_parallelism, gather, how):
         assert "UncoveredParameterError" in said, said
         assert "passes numbers from rank to rank, as context and expert parallelism do" in said
+
+
+def test_normalization_over_ranks_passes_numbers_from_rank_to_rank():
+    # It has no forward pass on a CPU.
+    node = SimpleNamespace(name=lambda: "SyncBatchNormBackward", _forward_cls=SyncBatchNorm)
+    assert is_collective(node)
 
 
 def of_a_mesh_of_one(kind):

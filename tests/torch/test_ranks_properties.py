@@ -59,7 +59,7 @@ class Case:
 def cases(draw, ranks):
     way = draw(st.sampled_from(["exact", "added", "groups"]))
     count = 1 if way == "exact" else draw(st.integers(1, 3))
-    size = st.integers(1 if way == "groups" else 2, 5)
+    size = st.integers(1, 5)
     share = st.lists(size, min_size=count, max_size=count).map(tuple)
     step = st.lists(share, min_size=ranks, max_size=ranks).map(tuple)
     return Case(

@@ -241,7 +241,7 @@ def adam_steps(engine, is_equal):
     return found
 
 
-@pytest.mark.parametrize("is_equal", [True, False])
+@pytest.mark.parametrize("is_equal", [True, False, None])
 def test_the_metric_of_adam_is_that_of_one_process(two, is_equal):
     alone = adam_steps(None, is_equal)
     for found in two.all(adam_steps, "ddp", is_equal):

@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.nn.modules._functions import SyncBatchNorm
 from torch.nn.parallel.distributed import _DDPSink
 from torch.utils.checkpoint import _Holder
 
@@ -59,8 +60,10 @@ def is_sink(node: Node) -> bool:
 
 def is_collective(node: Node) -> bool:
     """Return whether a node passes numbers from rank to rank."""
-    maker = getattr(getattr(node, "_forward_cls", None), "__module__", "")
-    return maker == "torch.distributed.nn.functional" or "_c10d_functional_" in node.name()
+    function = getattr(node, "_forward_cls", None)
+    maker = getattr(function, "__module__", "")
+    is_own = function is SyncBatchNorm or maker == "torch.distributed.nn.functional"
+    return is_own or "_c10d_functional_" in node.name()
 
 
 def is_measurable(edge: Edge) -> bool:
