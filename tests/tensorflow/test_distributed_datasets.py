@@ -25,7 +25,7 @@ def of_their_own(strategy, batches):
 
 @pytest.mark.skipif(not tf.__version__.startswith("2.21"), reason="the lag is that of 2.21")
 @pytest.mark.parametrize(("distribute", "times"), [(shared, 1), (of_their_own, REPLICAS)])
-def test_sizes_are_those_of_so_many_steps_before_and_each_example_comes_once(
+def test_sizes_are_those_of_so_many_steps_before_at_most_and_each_example_comes_once(
     mirrored, distribute, times
 ):
     controller = cabs.Controller(4, sizes=cabs.BatchSizes.range(4, 100))
@@ -60,6 +60,7 @@ def test_sizes_are_those_of_so_many_steps_before_and_each_example_comes_once(
         sizes.append(len(indices))
     assert sorted(seen) == list(range(len(INPUTS)))
     assert len(set(told)) > 5
-    # But for the end of the epoch.
-    whole = len(sizes) - times
-    assert sizes[:whole] == [times * size for size in told[:whole]]
+    # But for the end of the epoch. A thread that draws ahead may also be late.
+    most = LAGS[distribute.__name__]
+    for place, size in enumerate(sizes[:-times]):
+        assert size in [times * one for one in told[place : place + 1 + most]], place
