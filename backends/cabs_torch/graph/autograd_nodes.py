@@ -54,8 +54,16 @@ def is_own_function(node: Node) -> bool:
 
 
 def is_sink(node: Node) -> bool:
-    """Return whether a node is what DDP puts before a model's outputs, which stay as they are."""
-    return getattr(node, "_forward_cls", None) is _DDPSink
+    """Return whether a node is what an engine hands tensors through, which stay as they are.
+
+    DDP does so with a model's outputs, and ``fully_shard`` with a module's inputs.
+    """
+    function = getattr(node, "_forward_cls", None)
+    made_in = getattr(function, "__module__", "")
+    return function is _DDPSink or (
+        node.name() == "RegisterPostBackwardFunctionBackward"
+        and made_in.startswith("torch.distributed.fsdp.")
+    )
 
 
 def is_collective(node: Node) -> bool:
