@@ -1,7 +1,7 @@
 """Statistics of the examples of all ranks, by one sum over ranks that is under way.
 
-Guarantees: it begins when they are made, whether anybody reads them or not, so that no rank waits
-for one that does not read; whatever is read is of all ranks, or there is an error on each of them:
+Guarantees: the sum starts when they are made, so that a rank that never reads keeps no other
+waiting; whatever is read is of all ranks, or there is an error on each of them:
 where they expect different batches, where their controllers differ, where nobody has averaged the
 gradients, and where a rank is gone.
 """
@@ -50,7 +50,7 @@ class Share:
     before: Tensor | None = None
     """Square of the gradients that were there before, 0-d."""
     is_in_metric: bool = False
-    """Whether squares are weighed by what is made of the mean gradient."""
+    """Whether norms are in the metric of the optimizer's step."""
     is_by_example: bool = True
     """Whether a group is an example, and not a microbatch."""
     each: int = 0

@@ -219,7 +219,7 @@ def decide(
     if rule.needs_curve and math.isfinite(loss):
         curve = extended(curve, loss)
     batch_size, factor, clock = state.batch_size, state.learning_rate_factor, state.clock
-    # Of steps that measure, where some do not: these take less time. Seconds have examples.
+    # Only steps that measure the variance are timed; the others are faster.
     if rule.needs_clock and traces is not None and seconds is not None and examples is not None:
         clock = timed(clock, examples, seconds)
     overhead = clock.cost.overhead if clock.cost else 0.0

@@ -1,8 +1,9 @@
 """Batch-size rules: each maps a few numbers about the gradient to the size it asks for.
 
 Guarantees: pure functions of floats; the value is raw, that is neither smoothed, rounded nor
-clipped, and infinite where the rule asks for more than any batch. A rule that drives a controller
-is an immutable object with its settings.
+clipped. A function is infinite where it asks for more than any batch. A rule that drives a
+controller is an immutable object with its settings, and has no value where the loss is at its
+floor.
 """
 
 from __future__ import annotations

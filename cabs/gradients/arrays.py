@@ -97,11 +97,11 @@ class Arrays(Protocol):
         materialized: Callable[..., Squares],
         operands: Sequence[Array],
     ) -> Squares:
-        """Return the first of operands, where its guard can be looked at; else the second."""
+        """Run the first where its guard against cancellation can be read; otherwise the second."""
 
 
 class SummingArrays(Arrays, Protocol):
-    """What gradients that are squared are summed with besides, while they are at hand."""
+    """Operations that also return the batch gradient, while per-example gradients are at hand."""
 
     def squares_and_sum(
         self, rows: Callable[..., Array], operands: Sequence[Array], needed: int
@@ -132,7 +132,7 @@ class PatchArrays(Arrays, Protocol):
     """What convolutions and labelled axes are written in besides, of patches if need be."""
 
     patch_width: int
-    """Up to how many elements of a patch are laid out at a time, and not one row of a kernel."""
+    """Patches of up to so many elements are unfolded whole; larger ones a kernel row at a time."""
 
     def sizes(self, array: Array) -> list[Any]:
         """Return the sizes, integers or what stands for them until they are known."""

@@ -1,4 +1,4 @@
-"""What the conformance suite asks of an adapter; a new framework's gives these five."""
+"""What the conformance suite asks of an adapter; a new framework's gives all of it."""
 
 from typing import Any, NamedTuple, Protocol
 

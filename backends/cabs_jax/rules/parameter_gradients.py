@@ -1,7 +1,7 @@
 """What the gradient of a parameter is made of, where it meets the example in an operation we know.
 
-Guarantees: a rule speaks for every case that it accepts; what no rule accepts, the operation's own
-derivative tells.
+Guarantees: a rule is exact for every case that it accepts; all others take the operation's own
+VJP, example by example.
 """
 
 from __future__ import annotations

@@ -128,7 +128,7 @@ def place_of(node: Node, index: int) -> int:
 def check_leading(layout: Layout) -> None:
     """Raise MixedError unless the examples lie along the first axis of an output."""
     if layout.axis() != (0, 1) or layout.shape[0] != layout.examples:
-        raise MixedError("has its examples elsewhere than along the first axis, as its rule says")
+        raise MixedError("must have its examples along the first axis, as registered rules assume")
 
 
 def term(
