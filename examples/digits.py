@@ -84,7 +84,7 @@ def main() -> None:
         while loader.epoch < options.epochs:
             for images, labels in loader:
                 used = loader.batch.examples
-                step = trainer.step(images, labels, rate, used, controller)
+                step = trainer.step(images, labels, rate, training.Whole(used, controller))
                 decision = controller.update(
                     step.statistics,
                     learning_rate=options.learning_rate,

@@ -11,7 +11,7 @@ from jax import Array, lax
 import cabs
 import cabs_jax
 from datasets import Images, Labels
-from training import Step
+from training import Step, Whole
 
 # The step is compiled once for each of these sizes, whatever the controller chooses.
 GRID = cabs.BatchSizes.geometric(16, 2048)
@@ -59,16 +59,9 @@ class Trainer:
             "out": {"kernel": uniform()(keys[2], (flat, classes)), "bias": jnp.zeros(classes)},
         }
 
-    def step(
-        self,
-        images: Images,
-        labels: Labels,
-        learning_rate: float,
-        examples: int,
-        controller: cabs.Controller,
-    ) -> Step:
+    def step(self, images: Images, labels: Labels, learning_rate: float, whole: Whole) -> Step:
         """Take one step of gradient descent."""
-        del examples, controller  # All of them are here, and decide alone.
+        del whole  # All of it is here, and one controller.
         batch, mask = cabs_jax.pad({"image": images, "label": labels}, GRID)
         self.parameters, taken = step(self.parameters, batch, mask, learning_rate)
         return taken

@@ -6,7 +6,7 @@ import numpy as np
 
 import cabs
 from datasets import Images, Labels
-from training import Step
+from training import Step, Whole
 
 
 class Trainer:
@@ -17,16 +17,9 @@ class Trainer:
         self.weight = np.zeros((int(np.prod(image_shape)), classes))
         self.bias = np.zeros(classes)
 
-    def step(
-        self,
-        images: Images,
-        labels: Labels,
-        learning_rate: float,
-        examples: int,
-        controller: cabs.Controller,
-    ) -> Step:
+    def step(self, images: Images, labels: Labels, learning_rate: float, whole: Whole) -> Step:
         """Take one step of gradient descent."""
-        del examples, controller  # All of them are here, and decide alone.
+        del whole  # All of it is here, and one controller.
         inputs = images.reshape(len(images), -1)
         probabilities = self._probabilities(inputs)
         losses = -np.log(probabilities[np.arange(len(labels)), labels] + 1e-300)

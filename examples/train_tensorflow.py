@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import quiet
 from datasets import Images, Labels
-from training import Step
+from training import Step, Whole
 
 with quiet.loading():
     import keras
     import tensorflow as tf
 
-    import cabs
-import cabs_tensorflow
+    import cabs_tensorflow
 
 
 class Trainer:
@@ -41,16 +40,9 @@ class Trainer:
         self._traced = tf.function(self._step, input_signature=[images, labels])
         self._scores = tf.function(self._forward, input_signature=[images])
 
-    def step(
-        self,
-        images: Images,
-        labels: Labels,
-        learning_rate: float,
-        examples: int,
-        controller: cabs.Controller,
-    ) -> Step:
+    def step(self, images: Images, labels: Labels, learning_rate: float, whole: Whole) -> Step:
         """Take one step of gradient descent."""
-        del examples, controller  # All of them are here, and decide alone.
+        del whole  # All of it is here, and one controller.
         self.optimizer.learning_rate = learning_rate
         return self._traced(images, labels)
 

@@ -7,10 +7,9 @@ import os
 import torch
 from torch import nn
 
-import cabs
 import cabs_torch
 from datasets import Images, Labels
-from training import Step
+from training import Step, Whole
 
 
 class Trainer:
@@ -37,21 +36,16 @@ class Trainer:
             self.trained = self.model
         self.optimizer = torch.optim.SGD(self.model.parameters())
 
-    def step(
-        self,
-        images: Images,
-        labels: Labels,
-        learning_rate: float,
-        examples: int,
-        controller: cabs.Controller,
-    ) -> Step:
+    def step(self, images: Images, labels: Labels, learning_rate: float, whole: Whole) -> Step:
         """Take one step of gradient descent."""
         targets = torch.from_numpy(labels)
         outputs = self.trained(torch.from_numpy(images))
         losses = nn.functional.cross_entropy(outputs, targets, reduction="none")
 
         self.optimizer.zero_grad()
-        statistics = cabs_torch.backward(losses, batch_size=examples, controller=controller)
+        statistics = cabs_torch.backward(
+            losses, batch_size=whole.batch_size, controller=whole.controller
+        )
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         self.optimizer.step()

@@ -21,21 +21,18 @@ class Step(NamedTuple):
     accuracy: Any
 
 
+class Whole(NamedTuple):
+    """What ranks have together: the examples of a batch, and controllers that decide alike."""
+
+    batch_size: int
+    controller: cabs.Controller
+
+
 class Trainer(Protocol):
     """A model and its gradient descent, in some framework."""
 
-    def step(
-        self,
-        images: Images,
-        labels: Labels,
-        learning_rate: float,
-        examples: int,
-        controller: cabs.Controller,
-    ) -> Step:
-        """Take one step on this rank's share of a batch that has so many examples on all ranks.
-
-        The controllers of all ranks are compared.
-        """
+    def step(self, images: Images, labels: Labels, learning_rate: float, whole: Whole) -> Step:
+        """Take one step on this rank's share of a batch."""
         ...
 
     def accuracy(self, images: Images, labels: Labels) -> float:

@@ -289,18 +289,21 @@ def behind_one(losses: Tensor, wanted: Container[int] | None = None) -> Found:
     Raises:
         UncoveredParameterError: If a gradient of the pass is not that of this example.
     """
-    found, last = Found(), losses.grad_fn
-    check_computed_alone(last)
-    for leaf in leaves_behind(last):
-        if is_reentrant_checkpoint(leaf):
+    found = Found()
+    for node in _behind(losses.grad_fn):
+        if is_collective(node):
+            raise between_ranks(node.name())
+        if is_reentrant_checkpoint(node):
             raise _error(
-                leaf,
+                node,
                 "is a reentrant checkpoint behind a single example; take use_reentrant=False, or "
                 "two examples at least",
             )
-        if fault := _fault(leaf):
-            raise _error(leaf, fault)
-        found.leaves[id(leaf.variable)] = leaf
+        if not is_leaf(node):
+            continue
+        if fault := _fault(node):
+            raise _error(node, fault)
+        found.leaves[id(node.variable)] = node
     found.elements = _elements(found.leaves)
     if wanted is not None:
         found.leaves = _only(found.leaves, wanted)

@@ -71,8 +71,8 @@ def squares_and_sum(
         term = term.term
     if not _is_to_be_summed(term, positions):
         return None
-    ask = _ask(functions, term)
-    squares, total = ask(_of_elements_and_sum if is_elementwise else _of_norms_and_sum, term)
+    question = _of_elements_and_sum if is_elementwise else _of_norms_and_sum
+    squares, total = _ask(functions, question, term)
     for pull in reversed(pulls):
         total = pull(total)
         squares = pull(squares) if is_elementwise else squares
@@ -90,7 +90,7 @@ def total_squares(functions: SharedFunctions, terms: Sequence[Term]) -> Any:
     if len(terms) == 1 and pulled and pulled[0].keeps_norm:
         return total_squares(functions, [pulled[0].term])
     if len(terms) == 1:
-        return _ask(functions, terms[0])(_of_norms, terms[0])
+        return _ask(functions, _of_norms, terms[0])
     if len(pulled) == len(terms) and len(keys) == 1 and None not in keys:
         return total_squares(functions, [one.term for one in pulled])
     found = together(ARRAYS, terms)
@@ -125,16 +125,12 @@ def _of_elements_and_sum(term: Any) -> Any:
     return _formed(term).coordinate_squares_and_sum(ARRAYS)
 
 
-def _ask(functions: SharedFunctions, term: Any) -> Callable[[Callable[[Any], Any], Any], Any]:
-    """Return how to ask a term: by a shared function, if it takes more than a call of one does."""
+def _ask(functions: SharedFunctions, question: Callable[[Any], Any], term: Any) -> Any:
+    """Return ``question(term)``, by a shared function if it takes more than a call of one does."""
     is_little = not isinstance(term, Convolution | Product) or (
         isinstance(term, Product) and term.left.shape[2] == 1
     )
-    return _directly if is_little else functions.ask
-
-
-def _directly(question: Callable[[Any], Any], term: Any) -> Any:
-    return question(term)
+    return question(term) if is_little else functions.ask(question, term)
 
 
 def weighted_squares(terms: Sequence[Term], weight: Any) -> Any:
