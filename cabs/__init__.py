@@ -8,26 +8,22 @@ alone, and imports no framework.
 
 from cabs.control import CABS, BatchSizes, Controller, NoiseScale, NormTest, Progress, Stopwatch
 from cabs.data import BatchSampler, MemoryCap, StreamSampler, split
-from cabs.gradients import GradientMoments, GradientStatistics, PartialStatistics
+from cabs.gradients import GradientStatistics
 from cabs.runs import RunLog, read_run
-from cabs.values.atomic import atomic_write
 
 __all__ = [
     "CABS",
     "BatchSampler",
     "BatchSizes",
     "Controller",
-    "GradientMoments",
     "GradientStatistics",
     "MemoryCap",
     "NoiseScale",
     "NormTest",
-    "PartialStatistics",
     "Progress",
     "RunLog",
     "Stopwatch",
     "StreamSampler",
-    "atomic_write",
     "read_run",
     "split",
 ]

@@ -18,7 +18,7 @@ from cabs_jax.statistics import square_of
 
 
 def adam_metric(
-    state: Any, *, b2: float = 0.999, eps: float = 1e-8, eps_root: float = 0.0
+    state: Any, *, b2: float, eps: float, eps_root: float = 0.0
 ) -> Callable[[Any], Any]:
     r"""Return a function from gradients to :math:`P = 1 / (\sqrt{\hat v + \epsilon_0} + \epsilon)`.
 
@@ -30,8 +30,9 @@ def adam_metric(
         state: The state of an optimizer of optax before the step, in which there is one of
             ``scale_by_adam`` (Adam, AdamW, NAdam) or of ``scale_by_amsgrad``: what has ``count``
             and ``nu``.
-        b2: Decay of the second moment, as the optimizer was given it.
-        eps: :math:`\epsilon`, as the optimizer was given it.
+        b2: Decay of the second moment, as the optimizer has it; no state tells. 0.999 unless
+            optax was given another.
+        eps: :math:`\epsilon`, likewise; 1e-8 unless optax was given another.
         eps_root: :math:`\epsilon_0`, as the optimizer was given it.
 
     Raises:
@@ -41,7 +42,7 @@ def adam_metric(
         >>> import jax.numpy as jnp, cabs_jax
         >>> from types import SimpleNamespace
         >>> state = SimpleNamespace(count=jnp.array(0), nu=jnp.zeros(2))
-        >>> metric = cabs_jax.adam_metric(state)
+        >>> metric = cabs_jax.adam_metric(state, b2=0.999, eps=1e-8)
         >>> loss_fn = lambda weight, example: weight @ example
         >>> step = cabs_jax.value_and_grad(loss_fn, metric=metric)
         >>> (_, statistics), gradient = step(jnp.zeros(2), jnp.array([[1.0, 4.0], [3.0, 4.0]]))

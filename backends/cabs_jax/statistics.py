@@ -36,7 +36,7 @@ class PartialStatistics:
     r"""What can be added over microbatches and devices: m, K and :math:`\sum_k m_k |g_k|^2`.
 
     A pytree: add two with ``+``, carry it through ``jax.lax.scan``, sum it with ``jax.lax.psum``.
-    See :class:`cabs.PartialStatistics`.
+    See :class:`cabs.gradients.PartialStatistics`.
 
     Args:
         examples: :math:`m`, integer, shape ().
@@ -190,6 +190,13 @@ class BatchStatistics:
             trace.dtype
         )
         return square
+
+    @property
+    def noise_scale(self) -> Array:
+        """Gradient noise scale, in examples; see :attr:`cabs.GradientStatistics.noise_scale`."""
+        square = self.expected_gradient_norm_squared
+        scale: Array = jnp.where(square <= 0.0, jnp.inf, self.variance_trace / square)
+        return scale
 
     def read(self) -> GradientStatistics:
         """Return the same as Python numbers, once they are there.

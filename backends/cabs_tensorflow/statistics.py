@@ -19,7 +19,7 @@ from cabs_tensorflow.replicas import check_reduced, mark_own, replica_here
 class PartialStatistics(tf.experimental.ExtensionType):
     r"""What can be added over microbatches and replicas: m, K and :math:`\sum_k m_k |g_k|^2`.
 
-    Add two with ``+``, or carry it through a loop. See :class:`cabs.PartialStatistics`.
+    Add two with ``+``, or carry it through a loop. See :class:`cabs.gradients.PartialStatistics`.
 
     Args:
         examples: :math:`m`, int32, shape ().
@@ -185,6 +185,13 @@ class BatchStatistics(tf.experimental.ExtensionType):
         return self.gradient_norm_squared - self.variance_trace / tf.cast(
             self.examples, self.gradient_norm_squared.dtype
         )
+
+    @property
+    def noise_scale(self) -> Any:
+        """Gradient noise scale, in examples; see :attr:`cabs.GradientStatistics.noise_scale`."""
+        square = self.expected_gradient_norm_squared
+        infinite = tf.constant(float("inf"), square.dtype)
+        return tf.where(square <= 0.0, infinite, self.variance_trace / square)
 
     def read(self) -> GradientStatistics:
         """Return the same statistics as Python numbers; outside of a function, waits for them.

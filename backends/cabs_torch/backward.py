@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
+from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -22,7 +23,7 @@ from torch import Tensor
 from cabs.values.scalars import as_integer
 from cabs_torch.errors import describe_some
 from cabs_torch.errors import uncovered as uncovered_error
-from cabs_torch.graph.autograd_nodes import Node
+from cabs_torch.graph.autograd_nodes import Node, is_leaf
 from cabs_torch.measure import Measurement
 from cabs_torch.norms import reductions
 from cabs_torch.norms.arrays import Elementwise, TorchArrays
@@ -30,7 +31,7 @@ from cabs_torch.norms.sums import ElementwiseSums, SquareSums
 from cabs_torch.optimizers import metric_of
 from cabs_torch.options import Groups, as_groups, check_beside
 from cabs_torch.plans import walked
-from cabs_torch.ranks.engines import Engine, MeanGradient
+from cabs_torch.ranks.engines import Engine, MeanGradient, has_answered
 from cabs_torch.ranks.process_groups import (
     batch_of,
     check_whole,
@@ -40,10 +41,11 @@ from cabs_torch.ranks.process_groups import (
     unreduced,
     weighed,
 )
+from cabs_torch.ranks.share import Share
 from cabs_torch.statistics import BatchStatistics
 from cabs_torch.summed import Summed, choose
-from cabs_torch.totals import Share, TotalStatistics
-from cabs_torch.walk import Found, Policy, behind_one
+from cabs_torch.totals import TotalStatistics
+from cabs_torch.walk import Found, Policy, behind_one, leaves_behind
 
 # Groups of examples for parameters that no rule covers.
 _GROUPS = 4
@@ -200,7 +202,7 @@ def backward(
     elementwise = None if metric is None else ElementwiseSums()
     measurement = Measurement(walk, measured_examples, arrays, one.meetings, elementwise)
     trained = [leaf.variable for leaf in found.values()]
-    engine = None if group is None else Engine(trained, group)
+    engine = None if group is None else Engine(_in_order(trained, wanted, losses), group)
     share = []
     with ExitStack() as hooks:
         last = losses.grad_fn
@@ -208,9 +210,9 @@ def backward(
         see = last.register_prehook(lambda given: share.append(given[losses.output_nr][0]))
         hooks.callback(see.remove)
         hooks.enter_context(measurement)
-        if engine is not None:
-            hooks.callback(found[id(engine.parameter)].register_prehook(engine.see).remove)
-        elif batch_size is not None:
+        if engine is not None and (asked := found.get(id(engine.parameter))) is not None:
+            hooks.callback(asked.register_prehook(engine.see).remove)
+        elif engine is None and batch_size is not None:
             watched = [*walk.leaves.values(), *walk.hidden.values()]
             hooks.enter_context(unreduced(leaf.variable for leaf in watched))
         loss = weighed(losses, batch_size, group)
@@ -273,6 +275,19 @@ def backward(
         seconds=None if controller is None else controller.own_seconds,
     )
     return TotalStatistics(brought, group, measured=measured, is_grouped=is_grouped)
+
+
+def _in_order(trained: Sequence[Tensor], wanted: Groups | None, losses: Tensor) -> Sequence[Tensor]:
+    """Return the parameters in an order that is the same on all ranks, as far as that matters."""
+    if wanted is not None:
+        return [one for one in wanted.parameters if one.requires_grad]
+    if has_answered(trained):
+        return trained
+    # A rank with one example finds them in another order than one with several.
+    nearest = [leaf.variable for leaf in leaves_behind(losses.grad_fn) if is_leaf(leaf)]
+    known = {id(one) for one in trained}
+    first = {id(one): one for one in nearest if id(one) in known}
+    return [*first.values(), *(one for one in trained if id(one) not in first)]
 
 
 def _asked(

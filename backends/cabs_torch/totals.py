@@ -1,17 +1,13 @@
 """Statistics of the examples of all ranks, by one sum over ranks that is under way.
 
 Guarantees: the sum starts when they are made, so that a rank that never reads keeps no other
-waiting; whatever is read is of all ranks, or there is an error on each of them:
-where they expect different batches, where their controllers differ, where nobody has averaged the
-gradients, and where a rank is gone.
+waiting; whatever is read is of all ranks, or an error on each of them.
 """
 
 from __future__ import annotations
 
 import math
-import zlib
 from contextlib import nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,57 +15,12 @@ import torch
 from torch import Tensor
 
 from cabs import GradientStatistics
-from cabs_torch.ranks.engines import check_alike
+from cabs_torch.ranks.engines import arriving, check_alike
+from cabs_torch.ranks.share import Share
 from cabs_torch.statistics import BatchStatistics
 
-
-@dataclass(frozen=True, slots=True)
-class Share:
-    """What one rank brings."""
-
-    examples: int
-    """Its own."""
-    batch: int
-    """How many examples it takes all ranks to have."""
-    is_told: bool
-    """Whether that was given, and not taken from the size of its share."""
-    fingerprint: int | None
-    """That of its controller."""
-    loss: Tensor | None
-    """Summed over its examples, None if nobody has said."""
-    squares: Tensor
-    """Sums of m_k |g_k|^2, shape (groups,)."""
-    norms: Tensor
-    """Its shares of the squared norm of the mean gradient, the same shape."""
-    alike: Tensor
-    """Square of the gradients that every rank should hold, 0-d."""
-    measured: int
-    """How many groups of examples are measured."""
-    problem: str = ""
-    """Why these squares are not those of the mean gradient."""
-    before: Tensor | None = None
-    """Square of the gradients that were there before, 0-d."""
-    is_in_metric: bool = False
-    """Whether norms are in the metric of the optimizer's step."""
-    is_by_example: bool = True
-    """Whether a group is an example, and not a microbatch."""
-    each: int = 0
-    """How many microbatches all ranks are to have each, 0 where any number will do."""
-    seconds: float | None = None
-    """What the step before took on this rank's clock."""
-
-    @property
-    def mark(self) -> int:
-        """A number below 2**20 that is the same on all ranks if they train together."""
-        said = (
-            self.batch,
-            self.fingerprint,
-            self.is_by_example,
-            len(self.squares),
-            self.each,
-            self.loss is None,
-        )
-        return zlib.crc32(repr(said).encode()) >> 12
+# More than all ranks have examples, so that two counts are added up as one number, exactly.
+_COUNTED = 2**26
 
 
 class TotalStatistics(BatchStatistics):
@@ -95,9 +46,15 @@ class TotalStatistics(BatchStatistics):
     def __init__(self, share: Share, group: Any, *, measured: float, is_grouped: bool) -> None:
         device, mark = share.squares.device, float(share.mark)
         loss = torch.zeros_like(share.alike) if share.loss is None else share.loss
+        alike = share.alike
+        # What no square is: on all ranks, the gradients then differ.
+        if share.problem:
+            alike = torch.full_like(alike, -1.0)
+        elif share.before is not None:
+            alike = torch.where(share.before.to(alike) == 0.0, alike, -1.0)
         known = torch.tensor(
             [
-                *(share.examples, share.measured, mark, mark * mark),
+                *(share.examples * _COUNTED + share.measured, mark, mark * mark),
                 # Not a number for all, if one has none.
                 math.nan if share.seconds is None else share.seconds,
             ],
@@ -107,7 +64,7 @@ class TotalStatistics(BatchStatistics):
         sums = torch.cat(
             [
                 known.to(device, non_blocking=True),
-                torch.stack([loss.to(device), share.alike]),
+                torch.stack([loss.to(device), alike]),
                 share.squares,
                 share.norms,
             ]
@@ -128,19 +85,13 @@ class TotalStatistics(BatchStatistics):
     def _read(self) -> list[float]:
         """Return the sums, of ranks that train together."""
         if self._numbers is None:
-            try:
-                # On a stream of its own, which waits for nothing that was queued since.
-                with _beside(self._sums):
-                    self._work.wait()
-                    share = self._share
-                    before = 0.0 if share.before is None else float(share.before)
-                    numbers = [*self._sums.tolist(), float(share.alike), before]
-            except RuntimeError as error:
-                raise RuntimeError(
-                    f"the sums over {self._ranks} ranks have not arrived: a rank has ended, is "
-                    "later than the timeout of the process group allows, or does something else; "
-                    "start all ranks again from a checkpoint"
-                ) from error
+            # On a stream of its own, which waits for nothing that was queued since.
+            with arriving(self._ranks), _beside(self._sums):
+                self._work.wait()
+                share = self._share
+                before = 0.0 if share.before is None else float(share.before)
+                counts, *sums = self._sums.tolist()
+                numbers = [*divmod(counts, _COUNTED), *sums, float(share.alike), before]
             self._check(numbers)
             if self._share.is_in_metric and numbers[0] < self._share.batch:
                 raise ValueError(
@@ -232,19 +183,19 @@ class TotalStatistics(BatchStatistics):
     @property
     def loss(self) -> Tensor | None:
         """Mean loss of all examples, 0-d, None if no rank has said."""
-        return None if self._share.loss is None else self._sums[5] / self.examples
+        return None if self._share.loss is None else self._sums[4] / self.examples
 
     @property
     def group_square_sum(self) -> Tensor:
         """Sum over the groups of all ranks, 0-d or of shape (groups of parameters,)."""
         self._read()
-        return self._shaped(self._sums[7 : 7 + len(self._share.squares)])
+        return self._shaped(self._sums[6 : 6 + len(self._share.squares)])
 
     @property
     def gradient_norm_squared(self) -> Tensor:
         """Squared norm of the mean gradient of all examples, of the same shape."""
         self._read_whole()
-        return self._shaped(self._sums[7 + len(self._share.squares) :])
+        return self._shaped(self._sums[6 + len(self._share.squares) :])
 
     @property
     def seconds_before(self) -> float | None:

@@ -8,19 +8,22 @@ from cabs.control.averages import Averages, DebiasedAverage
 from cabs.control.configuration import Configuration
 from cabs.control.controller import Controller
 from cabs.control.costs import StepCost
+from cabs.control.deciding import decide
 from cabs.control.decision import (
     Decision,
     Observation,
     Reason,
     State,
-    decide,
     initial_state,
 )
 from cabs.control.progress import Progress
+from cabs.control.registry import register_batch_size_rule
 from cabs.control.rules import (
     CABS,
+    Known,
     NoiseScale,
     NormTest,
+    Rule,
     cabs_rule,
     noise_scale_rule,
     norm_test,
@@ -36,11 +39,13 @@ __all__ = [
     "Controller",
     "DebiasedAverage",
     "Decision",
+    "Known",
     "NoiseScale",
     "NormTest",
     "Observation",
     "Progress",
     "Reason",
+    "Rule",
     "State",
     "StepCost",
     "Stopwatch",
@@ -49,4 +54,5 @@ __all__ = [
     "initial_state",
     "noise_scale_rule",
     "norm_test",
+    "register_batch_size_rule",
 ]

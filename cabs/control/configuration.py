@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cabs.control.averages import check_smoothing
-from cabs.control.registry import RULES, rule_from_json, rule_to_json
+from cabs.control.registry import check_rule, rule_from_json, rule_to_json
 from cabs.control.rules import PAPER, Rule
 from cabs.control.sizes import BatchSizes
 from cabs.values.scalars import as_bool, as_float, as_integer
@@ -57,10 +57,7 @@ class Configuration:
                 f"batch_size must be one of the sizes allowed, {self.sizes!r}, got batch_size = "
                 f"{self.batch_size}; the nearest is {self.sizes.nearest(self.batch_size)}"
             )
-        if type(self.rule) not in RULES.values():
-            raise TypeError(
-                f"rule must be one of {sorted(RULES)}, as cabs.CABS(), got {self.rule!r}"
-            )
+        check_rule(self.rule)
         if not (self.hysteresis >= 0.0 and math.isfinite(self.hysteresis)):
             raise ValueError(
                 f"hysteresis must be at least 0 and finite, got hysteresis = {self.hysteresis}"

@@ -12,13 +12,14 @@ from typing import Any
 
 from cabs.control.configuration import DEFAULT_SIZES, Configuration
 from cabs.control.costs import StepCost
-from cabs.control.decision import Decision, Observation, Reason, decide, initial_state, is_due
+from cabs.control.deciding import decide
+from cabs.control.decision import Decision, Observation, Reason, initial_state, is_due
 from cabs.control.progress import check_metric
 from cabs.control.rules import PAPER, Rule
 from cabs.control.sizes import BatchSizes
 from cabs.control.state import carry_over, fingerprint_of, read_state, write_state
 from cabs.control.stopwatch import Stopwatch
-from cabs.values.scalars import Scalar, Scalars, as_float, as_floats
+from cabs.values.scalars import Scalar, Scalars, as_float, as_floats, as_integer
 
 _UNTIMED: tuple[float | None, int | None] = None, None
 
@@ -192,6 +193,7 @@ class Controller:
         variance_trace: Scalars | None = None,
         expected_gradient_norm_squared: Scalars | None = None,
         seconds: Scalar | Stopwatch | None = None,
+        examples: int | None = None,
     ) -> Decision:
         r"""Take in what one step showed, and set :attr:`batch_size`.
 
@@ -212,10 +214,13 @@ class Controller:
                 unbiased estimate
                 (:attr:`cabs.GradientStatistics.expected_gradient_norm_squared`); of several
                 parameter groups it is the sum.
-            seconds: What the step took, of the examples of ``statistics``, or of
-                :attr:`batch_size`; or a :class:`cabs.Stopwatch`. Needed where the rule measures
+            seconds: What the step took, or a :class:`cabs.Stopwatch`, which is read once all
+                numbers have arrived. Needed where the rule measures
                 what a step costs; the log keeps it anyway. With statistics over several ranks each
                 gives its own, and the rule takes the mean of all, a step later.
+            examples: How many examples the step had, if ``statistics`` do not hold it, and it is
+                not :attr:`batch_size`: the last batch of an epoch, or one that a loader has drawn
+                ahead.
 
         Returns:
             The decision. A value that is not finite never reaches the averages: the size is held,
@@ -240,31 +245,31 @@ class Controller:
             >>> controller.update(learning_rate=[0.1, 0.01], loss=1.0).batch_size
             40
         """
-        square, examples = expected_gradient_norm_squared, self._state.batch_size
-        rule = self._configuration.rule
+        square, rule = expected_gradient_norm_squared, self._configuration.rule
         if statistics is not None:
-            if variance_trace is not None or square is not None:
+            if any(one is not None for one in (variance_trace, square, examples)):
                 raise ValueError(
-                    "variance_trace and expected_gradient_norm_squared must not be given beside "
-                    "statistics, which hold them"
+                    "variance_trace, expected_gradient_norm_squared and examples must not be given "
+                    "beside statistics, which hold them"
                 )
             variance_trace, square, loss, examples = self._read(statistics, loss)
         if loss is None:
             raise ValueError("loss must be given, since there are no statistics that hold it")
+        # All numbers before the clock, since to read them can wait for a device.
+        rates = as_floats(learning_rate, "learning_rate")
+        traces = None if variance_trace is None else as_floats(variance_trace, "variance_trace")
+        loss = as_float(loss, "loss")
+        if square is not None:
+            square = sum(as_floats(square, "expected_gradient_norm_squared"))
         timing = own = _UNTIMED
         if seconds is not None or rule.needs_clock:
-            timing = own = self._timed(seconds, examples)
+            size = self.batch_size if examples is None else as_integer(examples, "examples", 1)
+            timing = own = self._timed(seconds, size)
         if rule.needs_clock and hasattr(type(statistics), "seconds_before"):
             # A mean, since a sum over ranks gives no maximum; all wait for the slowest anyway.
             before = statistics.seconds_before
             timing = _UNTIMED if before is None else (before, self._own_timing[1])
-        observation = Observation(
-            as_floats(learning_rate, "learning_rate"),
-            None if variance_trace is None else as_floats(variance_trace, "variance_trace"),
-            as_float(loss, "loss"),
-            None if square is None else sum(as_floats(square, "expected_gradient_norm_squared")),
-            *timing,
-        )
+        observation = Observation(rates, traces, loss, square, *timing)
         state, decision = decide(self._configuration, self._state, observation)
         if decision.batch_size == 1 and decision.reason is Reason.VARIANCE_NOT_FINITE:
             warnings.warn(
@@ -310,7 +315,6 @@ class Controller:
                 "cabs.Stopwatch() at every update, or name the overhead, as "
                 "cabs.Progress(overhead=512)"
             )
-        # Only now, when the statistics have arrived.
         taken = seconds.lap() if isinstance(seconds, Stopwatch) else seconds
         if taken is None:
             return _UNTIMED

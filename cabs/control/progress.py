@@ -9,16 +9,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
 
 from cabs.control.curve import decay_exponent, decrease
-from cabs.control.rules import Known, coupled
+from cabs.control.rules import Known, Rule, coupled
 from cabs.control.sizes import BatchSizes
 from cabs.values.scalars import as_bool, as_finite, as_integer
 
 
 @dataclass(frozen=True, slots=True)
-class Progress:
+class Progress(Rule):
     r"""The rule for the least time, :math:`m^2 = q (h + m)` with :math:`q = \eta V / 2 D`.
 
     :math:`V` is the variance trace, :math:`D` the decrease of the loss per e-fold of steps, and
@@ -33,7 +32,8 @@ class Progress:
             or seconds. Sizes are then varied in the first 16 to 96 steps that are timed, three at a
             time, between half of what is asked for and four times as much; at first up to 16 times
             the smallest size.
-        loss_floor: :math:`F_*`, if it is known. It is not needed.
+        loss_floor: :math:`F_*`, if it is known. It is not needed. None where the loss can be
+            negative, as for densities: the rule then takes its differences alone.
         adaptive: Whether the optimizer divides by the root of a second moment that the batch is in,
             as Adam does. Then variance and gradient are those in the metric of its step,
             :math:`P = 1 / (\sqrt{\hat v} + \epsilon)`, and
@@ -57,17 +57,17 @@ class Progress:
         128
     """
 
-    name: ClassVar[str] = "Progress"
-    held_reason: ClassVar[str] = "no progress"
-    needs_curve: ClassVar[bool] = True
+    held_reason = "no progress"
+    needs_curve = True
     overhead: float | None = None
-    loss_floor: float = 0.0
+    loss_floor: float | None = 0.0
     adaptive: bool = False
     seconds: Mapping[int, float] | tuple[tuple[int, float], ...] | None = None
     steps_before: int = 0
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "loss_floor", as_finite(self.loss_floor, "loss_floor"))
+        if self.loss_floor is not None:
+            object.__setattr__(self, "loss_floor", as_finite(self.loss_floor, "loss_floor"))
         as_bool(self.adaptive, "adaptive")
         as_integer(self.steps_before, "steps_before", 0)
         if self.overhead is not None:
@@ -109,12 +109,12 @@ class Progress:
 
     def asked(self, rates: tuple[float, ...], known: Known) -> float | None:
         """Return the size; None where the loss is not above its floor, and does not fall."""
-        averages, curve = known.averages, known.curve
-        excess = averages.loss - self.loss_floor
-        is_positive = excess > 0.0
+        averages, curve, floor = known.averages, known.curve, self.loss_floor
         before = known.steps_before + self.steps_before
-        exponent = decay_exponent(curve, self.loss_floor, before) if is_positive else 0.0
-        falls = exponent * excess if is_positive else decrease(curve, before)
+        if floor is not None and averages.loss > floor:
+            falls = decay_exponent(curve, floor, before) * (averages.loss - floor)
+        else:
+            falls = decrease(curve, before)
         if not 0.0 < falls < math.inf:
             return None
         traces = averages.variance_trace

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple, Protocol
+from typing import NamedTuple
 
 from cabs.control.averages import Averages
 from cabs.control.curve import Curve
@@ -144,31 +144,54 @@ class Known(NamedTuple):
     """What a step was measured to cost besides its examples, in examples; 0 where it was not."""
 
 
-class Rule(Protocol):
-    """What drives a controller, from the averages of what it was told."""
+class Rule(ABC):
+    """What drives a controller: from the averages of what it was told, the size to ask for.
 
-    name: ClassVar[str]
-    held_reason: ClassVar[str]
+    A rule is an immutable dataclass, whose fields are its settings.
+    """
+
+    __slots__ = ()
+    held_reason = "rule not finite"
     """Why the size is held where the loss is at or under the floor and the rule has no value."""
-    needs_gradient: ClassVar[bool]
-    """Whether it takes the squared norm of the expected gradient."""
-    needs_curve: ClassVar[bool]
-    """Whether it takes the loss over all steps."""
-    needs_clock: ClassVar[bool]
-    """Whether it takes the seconds of a step."""
+
+    @property
+    def needs_gradient(self) -> bool:
+        """Whether it takes the squared norm of the expected gradient."""
+        return False
+
+    @property
+    def needs_curve(self) -> bool:
+        """Whether it takes the loss over all steps."""
+        return False
+
+    @property
+    def needs_clock(self) -> bool:
+        """Whether it takes the seconds of a step."""
+        return False
 
     def first_size(self, sizes: BatchSizes) -> int:
-        """Return the size of the first batch, where none is given."""
+        """Return the size of the first batch, where none is given: the smallest."""
+        return sizes.minimum
 
+    @abstractmethod
     def asked(self, rates: tuple[float, ...], known: Known) -> float | None:
-        """Return the size that it asks for; None where it has no value."""
+        """Return the size that it asks for, in examples; None where it has no value.
 
-    def rate_factor(self, size: int, asked: float, overhead: float) -> float:
-        """Return by how much to lower the learning rate, where a size is smaller than asked."""
+        Args:
+            rates: Learning rates, one, or one per parameter group.
+            known: The averages, and what else the rule needs.
+        """
+
+    def rate_factor(self, size: int, asked: float, overhead: float) -> float:  # noqa: ARG002
+        """Return by how much to lower the learning rate where a size is smaller than asked.
+
+        1 for a rule that does not depend on the learning rate.
+        """
+        return 1.0
 
 
 @dataclass(frozen=True, slots=True)
-class CABS:
+class CABS(Rule):
     r"""The rule of the paper, :math:`m = \eta \, \mathrm{tr}(\Sigma) / (F - F_*)`.
 
     Balles, Romero, Hennig: "Coupling Adaptive Batch Sizes with Learning Rates", UAI 2017, arXiv
@@ -185,19 +208,11 @@ class CABS:
         90.0
     """
 
-    name: ClassVar[str] = "CABS"
-    held_reason: ClassVar[str] = "loss at floor"
-    needs_gradient: ClassVar[bool] = False
-    needs_curve: ClassVar[bool] = False
-    needs_clock: ClassVar[bool] = False
+    held_reason = "loss at floor"
     loss_floor: float = 0.0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "loss_floor", as_finite(self.loss_floor, "loss_floor"))
-
-    def first_size(self, sizes: BatchSizes) -> int:
-        """Return the smallest size."""
-        return sizes.minimum
 
     def asked(self, rates: tuple[float, ...], known: Known) -> float | None:
         """Return the size that the rule asks for; None where it has no value."""
@@ -210,35 +225,8 @@ class CABS:
         return size / asked
 
 
-class _OfGradient(ABC):
-    """What takes the squared norm of the expected gradient, and nothing but averages."""
-
-    __slots__ = ()
-    held_reason: ClassVar[str] = "rule not finite"
-    needs_gradient: ClassVar[bool] = True
-    needs_curve: ClassVar[bool] = False
-    needs_clock: ClassVar[bool] = False
-
-    def first_size(self, sizes: BatchSizes) -> int:
-        """Return the smallest size."""
-        return sizes.minimum
-
-    def asked(self, rates: tuple[float, ...], known: Known) -> float | None:  # noqa: ARG002
-        """Return the size that the rule asks for."""
-        averages = known.averages
-        return self._of(sum(averages.variance_trace), averages.gradient_square)
-
-    @abstractmethod
-    def _of(self, trace: float, square: float) -> float:
-        """Return the size for an averaged variance and squared gradient."""
-
-    def rate_factor(self, size: int, asked: float, overhead: float) -> float:  # noqa: ARG002
-        """Return 1: what the rule asks for does not depend on the learning rate."""
-        return 1.0
-
-
 @dataclass(frozen=True, slots=True)
-class NormTest(_OfGradient):
+class NormTest(Rule):
     """The norm test, as :func:`cabs.control.norm_test` has it, over the averages.
 
     Args:
@@ -252,19 +240,21 @@ class NormTest(_OfGradient):
         100.0
     """
 
-    name: ClassVar[str] = "NormTest"
+    needs_gradient = True
     theta: float = 1.0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "theta", as_float(self.theta, "theta"))
         norm_test(variance_trace=1.0, gradient_norm_squared=1.0, theta=self.theta)
 
-    def _of(self, trace: float, square: float) -> float:
+    def asked(self, rates: tuple[float, ...], known: Known) -> float | None:  # noqa: ARG002
+        """Return the size that the rule asks for."""
+        trace, square = sum(known.averages.variance_trace), known.averages.gradient_square
         return norm_test(variance_trace=trace, gradient_norm_squared=square, theta=self.theta)
 
 
 @dataclass(frozen=True, slots=True)
-class NoiseScale(_OfGradient):
+class NoiseScale(Rule):
     """The simple gradient noise scale, as :func:`cabs.control.noise_scale_rule` has it.
 
     Example:
@@ -275,9 +265,11 @@ class NoiseScale(_OfGradient):
         25.0
     """
 
-    name: ClassVar[str] = "NoiseScale"
+    needs_gradient = True
 
-    def _of(self, trace: float, square: float) -> float:
+    def asked(self, rates: tuple[float, ...], known: Known) -> float | None:  # noqa: ARG002
+        """Return the size that the rule asks for."""
+        trace, square = sum(known.averages.variance_trace), known.averages.gradient_square
         return noise_scale_rule(variance_trace=trace, gradient_norm_squared=square)
 
 

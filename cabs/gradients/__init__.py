@@ -1,7 +1,7 @@
 """The arithmetic of per-example gradients, and what is known of a batch's gradient.
 
 Statistics and their sums; where the examples of a batch lie, in integers; and the squared norms of
-per-example gradients, written once over a table of array operations, with NumPy as its reference.
+per-example gradients, written once over some twenty array operations, with NumPy as its reference.
 Imports ``cabs.values`` alone; adapters import it.
 """
 

@@ -1,10 +1,10 @@
 """The array operations that the arithmetic of per-example gradients is written in.
 
-Guarantees: what this package computes, it computes with a table of these, so that a framework that
-has one has all of it. :class:`NumpyArrays` is the reference: float64, one number an example.
+Guarantees: what this package computes, it computes with these, so that a framework that has them
+has all of it. :class:`NumpyArrays` is the reference: float64, one number an example.
 
 Arrays have the examples in front, n of them. The result of a sum over everything but the examples
-is called *squares*: one number an example, or their sum over the examples, as a table chooses.
+is called *squares*: one number an example, or their sum over the examples, as a framework chooses.
 Squares can be added, and multiplied by numbers.
 """
 
@@ -20,7 +20,7 @@ Squares: TypeAlias = Any
 
 
 class Arrays(Protocol):
-    """The table. E, T and S count matrices side by side, positions, and positions again."""
+    """A framework's. E, T and S count matrices side by side, positions, and positions again."""
 
     pair_cost: float
     """What a product of pairs of positions costs, in products that form a gradient."""

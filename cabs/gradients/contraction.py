@@ -144,7 +144,7 @@ class Sides:
         """Return the gradients, from the examples' parts of the other operand and the cotangent.
 
         Args:
-            arrays: The table.
+            arrays: The framework's array operations.
             other: Shape (n, ...), summed over ``summed``.
             cotangent: Shape (n, ...).
         """

@@ -40,7 +40,7 @@ def parts(
     a group.
 
     Args:
-        arrays: The framework's table.
+        arrays: The framework's array operations.
         inputs: Shape (n, *spatial, channels in), or (n, frames, *spatial, channels in).
         cotangents: Shape (n, *positions, channels out), or with as many frames.
         geometry: How the kernel moves.
@@ -81,6 +81,14 @@ def parts(
         for axis, at in enumerate(place):
             left = seen(left, axis, at)
         yield arrays.contract(right, in_groups(left, width), 2)
+
+
+def whole(arrays: PatchArrays, found: Sequence[Array], geometry: Geometry) -> Array:
+    """Return gradients, (n, groups, channels out, *kernel, channels in), from all their parts."""
+    joined = found[0] if len(found) == 1 else arrays.concatenate(found, 3)
+    groups, outward, width = arrays.shape(joined)[1:]
+    inward = width // math.prod(geometry.kernel)
+    return arrays.reshape(joined, [groups, outward, *geometry.kernel, inward])
 
 
 def squares(arrays: PatchArrays, inputs: Array, cotangents: Array, geometry: Geometry) -> Squares:

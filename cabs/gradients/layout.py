@@ -92,6 +92,12 @@ class Layout(NamedTuple):
             return None
         return self.moved(shape, aligned)
 
+    def broadcast_axes(self, shape: Shape) -> tuple[int, ...]:
+        """Return along which axes of the examples' parts, (n, *one), a shape was broadcast."""
+        aligned = (1,) * (len(self.shape) - len(shape)) + tuple(shape)
+        pairs = enumerate(zip(aligned, self.one, strict=True), start=1)
+        return tuple(axis for axis, (size, wide) in pairs if size == 1 and wide != 1)
+
     def permuted(self, shape: Shape, order: Sequence[int]) -> Layout:
         """Find them where axis ``order[k]`` of the input became axis k."""
         return self.moved(shape, order[self.axis()[0]])

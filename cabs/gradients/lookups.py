@@ -50,11 +50,18 @@ def coordinate_squares(arrays: SummingArrays, ids: Array, rows: Array, length: i
 
     No example's table is laid out; arguments are those of :func:`squares`.
     """
-    rows = arrays.wide(rows)
-    count = arrays.shape(rows)[1]
+    ids, squared = squared_rows(arrays, ids, rows)
+    return arrays.scatter(arrays.merged(ids, 1), arrays.merged(squared, 1), length)
+
+
+def squared_rows(arrays: Arrays, ids: Array, rows: Array) -> tuple[Array, Array]:
+    """Return the numbers in order, and rows that add up, by number, to the squares of their sums.
+
+    Arguments are those of :func:`squares`.
+    """
     order = arrays.argsort(ids)
-    ids, rows = arrays.take(ids, order), arrays.take(rows, order)
+    ids, rows = arrays.take(ids, order), arrays.take(arrays.wide(rows), order)
     places = arrays.number(ids)
-    sums = arrays.take(arrays.scatter(places, rows, count), places)
+    sums = arrays.take(arrays.scatter(places, rows, arrays.shape(rows)[1]), places)
     # The square of a sum is its terms' sum, each times the sum.
-    return arrays.scatter(arrays.merged(ids, 1), arrays.merged(rows * sums, 1), length)
+    return ids, rows * sums

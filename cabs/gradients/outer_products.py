@@ -33,7 +33,7 @@ def squares(arrays: Arrays, left: Array, right: Array) -> Squares:
     """Return |g_i|^2, summed over E matrices side by side.
 
     Args:
-        arrays: The framework's table.
+        arrays: The framework's array operations.
         left: Shape (n, E, T, k).
         right: Shape (n, E, T, h).
     """

@@ -25,7 +25,7 @@ def squares(
     """Return |g_i|^2 of the sum over the uses of a parameter as a matrix, and as a table.
 
     Args:
-        arrays: The framework's table.
+        arrays: The framework's array operations.
         products: Left, shape (n, E, T, k), and right, (n, E, T, h), of each use as a matrix; any
             T. With uses as a table, E is 1 and k the number of its rows.
         taken: The numbers of rows, shape (n, S), and their cotangents, (n, S, h), of each use as a

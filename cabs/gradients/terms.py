@@ -38,7 +38,7 @@ class Term(Protocol):
 
 
 class ElementwiseTerm(Term, Protocol):
-    """The same, for an adapter whose table is one of ``SummingArrays``."""
+    """The same, for an adapter that has ``SummingArrays``."""
 
     def coordinate_squares(self, arrays: Any) -> Array:
         """Return the sum over examples of the gradients' elementwise squares, (1, *shape)."""

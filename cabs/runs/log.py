@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Literal, Self
 
 from cabs.control.controller import Controller
-from cabs.control.decision import Decision, State, decide
+from cabs.control.deciding import decide
+from cabs.control.decision import Decision, State
 from cabs.control.state import read_state
 from cabs.runs.records import is_begun_header, write_header, write_record
 from cabs.runs.replay import Replay

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any, Self
 
 from cabs.control.configuration import Configuration
-from cabs.control.decision import Decision, State, decide
+from cabs.control.deciding import decide
+from cabs.control.decision import Decision, State
 from cabs.runs.records import read_header, read_record
 
 

@@ -36,7 +36,7 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
     Example:
         Model, optimizer and loader in one file, which is never half a file::
 
-            with cabs.atomic_write("checkpoint.pt") as file:
+            with cabs.runs.atomic_write("checkpoint.pt") as file:
                 torch.save({"model": model.state_dict(), "loader": loader.state_dict()}, file)
 
         >>> import json, pathlib, tempfile

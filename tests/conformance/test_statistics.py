@@ -41,6 +41,17 @@ def test_mean_against_sum_the_gradient_of_an_example_is_m_times_its_share(adapte
     assert found.loss == numbers.loss == pytest.approx(2.0)
 
 
+@pytest.mark.parametrize(
+    ("inputs", "expected"), [([1.0, 2.0, 3.0], 1.0 / (4.0 - 1.0 / 3.0)), ([1.0, -1.0], np.inf)]
+)
+def test_the_noise_scale_can_be_asked_for_before_the_numbers_are_read(adapter, inputs, expected):
+    parameters = {"w": np.ones(1, np.float32)}
+    batch = {"x": np.array(inputs, np.float32)}
+    found = adapter.measure(lambda _, p, b: p["w"] * b["x"], parameters, batch)
+    assert float(found.statistics.noise_scale) == pytest.approx(expected)
+    assert found.statistics.read().noise_scale == pytest.approx(expected)
+
+
 def test_parameters_that_are_not_used_count_nothing(adapter):
     parameters, batch = drawn(4)
     with_more = {**parameters, "unused": np.ones((2, 3))}

@@ -82,7 +82,7 @@ class TorchAdapter:
 
     def of_group(self, examples, gradients):
         square = cabs_torch.gradient_norm_squared(_leaves(gradients))
-        return cabs.PartialStatistics.of_group(examples, square)
+        return cabs.gradients.PartialStatistics.of_group(examples, square)
 
     def complete(self, part, gradients, loss=None):
         square = cabs_torch.gradient_norm_squared(_leaves(gradients))

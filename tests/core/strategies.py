@@ -25,7 +25,7 @@ sizes = st.one_of(
 papers = st.sampled_from([0.0, 0.1, -1.0]).map(CABS)
 others = st.sampled_from(
     [
-        *(NoiseScale(), NormTest(0.5), Progress(0.0), Progress(300.0, loss_floor=-1.0)),
+        *(NoiseScale(), NormTest(0.5), Progress(0.0), Progress(300.0, loss_floor=None)),
         *(Progress(1000, adaptive=True), Progress(), Progress(seconds={1: 0.1, 40: 0.2})),
     ]
 )

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from cabs import atomic_write
+from cabs.runs import atomic_write
 from tests.processes import finished
 
 OLD, NEW = b"old" * 1000, b"new" * 5000
@@ -16,7 +16,7 @@ OLD, NEW = b"old" * 1000, b"new" * 5000
 DYING = """
 import os, signal, sys
 import cabs.values.atomic
-from cabs import atomic_write
+from cabs.runs import atomic_write
 
 path, moment = sys.argv[1:]
 def die(*_, **__):

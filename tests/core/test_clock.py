@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cabs import BatchSizes, Controller, Progress, RunLog, Stopwatch, read_run
+from cabs import BatchSizes, Controller, GradientStatistics, Progress, RunLog, Stopwatch, read_run
 from cabs.control.costs import Clock, StepCost, timed
 
 SIZES = BatchSizes.range(16, 4096)
@@ -271,6 +271,68 @@ def test_steps_that_do_not_measure_are_not_timed():
         seconds = dearer * EACH * (100.0 + controller.batch_size)
         controller.update(**numbers, seconds=seconds)
     assert controller.step_cost.overhead == pytest.approx(100.0, rel=1e-3)
+
+
+class OnDevice:
+    """A number that a device still computes: to read it waits."""
+
+    def __init__(self, value, clock):
+        self.value, self.clock = value, clock
+
+    def __float__(self):
+        self.clock.now += 1.0
+        return self.value
+
+
+class FakeClock:
+    now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
+def test_the_clock_is_read_when_all_numbers_have_arrived():
+    clock = FakeClock()
+    watch, controller = Stopwatch(clock), Controller(16, rule=Progress(overhead=128))
+    for _ in range(3):
+        decision = controller.update(
+            learning_rate=0.1,
+            variance_trace=OnDevice(900.0, clock),
+            loss=OnDevice(1.5, clock),
+            seconds=watch,
+        )
+    # Two numbers, a second each, and none of the step after it.
+    assert decision.observation.seconds == 2.0
+
+
+def test_a_step_is_timed_with_the_examples_that_it_had():
+    controller = Controller(16, rule=Progress(overhead=128))
+    numbers = {"learning_rate": 0.1, "variance_trace": 900.0, "loss": 1.5, "seconds": 0.25}
+    assert controller.update(**numbers, examples=5).observation.examples == 5
+    size = controller.batch_size
+    assert controller.update(**numbers).observation.examples == size != 5
+    with pytest.raises(ValueError, match="examples must be at least 1"):
+        controller.update(**numbers, examples=0)
+    with pytest.raises(ValueError, match="must not be given beside statistics"):
+        controller.update(
+            GradientStatistics(4, 4, 50.0, 9.0, loss=2.0), learning_rate=0.1, examples=4
+        )
+
+
+def test_where_measuring_costs_by_example_the_overhead_is_that_of_steps_that_measure():
+    controller = Controller(16, sizes=SIZES, rule=Progress(), every=4)
+    for step in range(400):
+        # To measure doubles the cost of an example.
+        each = 2.0 * EACH if controller.due else EACH
+        seconds = EACH * 1024.0 + each * controller.batch_size
+        trace = 800.0 if controller.due else None
+        controller.update(
+            learning_rate=0.1,
+            variance_trace=trace,
+            loss=3.0 * (step + 1.0) ** -0.5,
+            seconds=seconds,
+        )
+    assert controller.step_cost.overhead == pytest.approx(512.0, rel=0.01)
 
 
 def test_what_is_left_out_twice_is_left_out_once():

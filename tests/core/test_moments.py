@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cabs import GradientMoments, GradientStatistics
+from cabs import GradientStatistics
+from cabs.gradients import GradientMoments
 
 seeds = st.integers(0, 2**32 - 1)
 cuts = st.lists(st.integers(0, 12), min_size=1, max_size=6).filter(lambda sizes: sum(sizes) >= 2)

@@ -142,6 +142,26 @@ def test_a_loss_below_its_floor_that_does_not_fall_is_held():
     assert not decision.held
 
 
+@pytest.mark.parametrize("overhead", [0.0, 512.0])
+def test_a_loss_that_passes_zero_is_measured_by_differences(overhead):
+    # It falls by 0.5 per e-fold of the steps, as of a density, and is 0 after 400 of them.
+    losses = [0.5 * math.log(400.0 / (step + 1.0)) for step in range(2000)]
+    controller = Controller(16, sizes=WIDE, rule=Progress(overhead=overhead, loss_floor=None))
+    given = [
+        controller.update(learning_rate=0.1, variance_trace=100.0, loss=loss) for loss in losses
+    ]
+    assert [decision.held for decision in given] == [step < 7 for step in range(2000)]
+    q = 0.1 * 100.0 / (2.0 * 0.5)
+    expected = 0.5 * q + math.sqrt(0.25 * q * q + q * overhead)
+    asked = [decision.raw for decision in given[200:]]
+    assert asked == pytest.approx([expected] * len(asked), rel=0.1)
+
+
+def test_a_loss_without_a_floor_that_does_not_fall_holds_the_size():
+    _, last = fed(Progress(loss_floor=None, overhead=8.0), [1.0] * 20)
+    assert last.reason.value == "no progress"
+
+
 def test_the_rate_factor_is_the_one_for_which_the_size_is_asked():
     sizes = BatchSizes.range(8, 64)
     _, decision = fed(Progress(500.0), [0.5], rate=1.0, trace=1000.0, sizes=sizes)

@@ -15,7 +15,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cabs import BatchSizes, MemoryCap, PartialStatistics, split
+from cabs import BatchSizes, MemoryCap, split
+from cabs.gradients import PartialStatistics
 
 
 class Pair(NamedTuple):

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from cabs import GradientStatistics, PartialStatistics
+from cabs import GradientStatistics
+from cabs.gradients import PartialStatistics
 
 seeds = st.integers(0, 2**32 - 1)
 partitions = st.lists(st.integers(1, 7), min_size=2, max_size=8)

@@ -13,12 +13,13 @@ EXAMPLE = Path(__file__).parents[2] / "examples" / "digits.py"
 DATA = Path(__file__).parents[3] / "shared" / "data"
 
 
-def run(out, *options, starter=("-W", "error")):
+def run(out, *options, starter=("-W", "error"), says="batch sizes from"):
     command = [sys.executable, *starter, str(EXAMPLE), "--out", str(out), *options]
     result = finished(command)
     assert result.returncode == 0, result.stderr
     accuracy = re.search(r"test accuracy (\d\.\d+)", result.stdout)
     assert accuracy, result.stdout
+    assert re.search(says, result.stdout), result.stdout
     assert "batch=" in result.stderr
     assert (out / "run.png").read_bytes().startswith(b"\x89PNG")
     return float(accuracy[1]), cabs.read_run(out / "run.jsonl")
@@ -34,7 +35,8 @@ def test_digits_are_learned_while_the_batch_size_moves(tmp_path, backend):
 
 
 def test_the_rule_for_the_least_time_measures_what_a_step_costs(tmp_path):
-    _, log = run(tmp_path, "--backend", "numpy", "--epochs", "8", "--rule", "progress")
+    options = ("--backend", "numpy", "--epochs", "8", "--rule", "progress")
+    _, log = run(tmp_path, *options, says=r"as long as \d+ examples more, give or take \d+")
     reasons = [decision.reason.value for decision in log.decisions]
     assert 16 <= reasons.count("exploring") <= 96
     assert all(decision.observation.seconds > 0.0 for decision in log.decisions[1:])

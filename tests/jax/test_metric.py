@@ -162,14 +162,14 @@ def test_what_does_not_fit_is_said():
     with pytest.raises(TypeError, match="a pytree like the gradients"):
         cabs_jax.value_and_grad(loss, metric=lambda _: 1.0)(found, data)
     with pytest.raises(ValueError, match="state must hold one state of scale_by_adam"):
-        cabs_jax.adam_metric({"count": 1})
+        cabs_jax.adam_metric({"count": 1}, b2=0.999, eps=1e-8)
 
 
 def test_the_rule_for_adam_takes_what_is_measured():
     controller = Controller(16, rule=Progress(overhead=128, adaptive=True))
     weight, data = jnp.ones(3), jnp.asarray(np.random.default_rng(0).random((16, 3)))
     loss = lambda weight, example: jnp.sum((weight @ example - 1.0) ** 2)  # noqa: E731
-    metric = cabs_jax.adam_metric(Moments(jnp.asarray(0), jnp.zeros(3)))
+    metric = cabs_jax.adam_metric(Moments(jnp.asarray(0), jnp.zeros(3)), b2=0.999, eps=1e-8)
     (_, statistics), _ = cabs_jax.value_and_grad(loss, metric=metric)(weight, data)
     decision = controller.update(statistics, learning_rate=0.01)
     assert not decision.held

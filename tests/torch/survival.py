@@ -88,7 +88,7 @@ def train(
         }
         torch.save(state, content)
         half = len(content.getvalue()) // 2
-        with cabs.atomic_write(checkpoint) as file:
+        with cabs.runs.atomic_write(checkpoint) as file:
             file.write(content.getvalue()[:half])
             file.flush()
             if saves == dies_in_save:
@@ -126,7 +126,7 @@ def train(
                 time.sleep(pause)
                 if controller.step % EVERY == 0:
                     save()
-    with cabs.atomic_write(folder / "weights.pt") as file:
+    with cabs.runs.atomic_write(folder / "weights.pt") as file:
         torch.save(model.state_dict(), file)
 
 

@@ -24,7 +24,7 @@ def test_torch_save_holds_it_and_loads_it_safely(tmp_path, whole):
     path = tmp_path / "checkpoint.pt"
     with made() as batches:
         records = run(batches, 9)
-        with cabs.atomic_write(path) as file:
+        with cabs.runs.atomic_write(path) as file:
             torch.save({"weights": torch.ones(3), "loader": batches.state_dict()}, file)
     with made() as batches:
         # With weights only: nothing but plain values and tensors is in it.

@@ -20,7 +20,7 @@ _SUMMED = 2**22
 
 
 class JaxArrays:
-    """The table."""
+    """Those of JAX."""
 
     # Measured.
     pair_cost = 0.75

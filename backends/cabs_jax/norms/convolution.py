@@ -43,16 +43,17 @@ def square_and_sum(
     def some(inputs: Array, cotangents: Array) -> tuple[Array, list[Array]]:
         parts = [*convolution.parts(ARRAYS, inputs, cotangents, geometry)]
         squares = [*map(reductions.square, parts)]
-        return sum(squares[1:], squares[0]), [jnp.sum(part, axis=0) for part in parts]
+        return sum(squares[1:], squares[0]), [
+            jnp.sum(part, axis=0, keepdims=True) for part in parts
+        ]
 
     needed = convolution.needed(ARRAYS, *sides, geometry)
     squares, parts = reductions.each_and_sum(some, sides, needed)
-    groups, outward, width = parts[0].shape
-    inward = sides[0].shape[-1] // geometry.groups
-    whole = jnp.stack(parts).reshape(len(parts), groups, outward, width // inward, inward)
-    whole = whole.transpose(1, 2, 4, 0, 3).reshape(groups * outward, inward, *kernel)
+    summed = convolution.whole(ARRAYS, parts, geometry)[0]
+    # Channels out, channels in, kernel.
+    summed = jnp.moveaxis(summed.reshape(-1, *summed.shape[2:]), -1, 1)
     layout = params["dimension_numbers"].rhs_spec
-    return squares, whole.transpose([layout.index(axis) for axis in range(len(layout))])
+    return squares, summed.transpose([layout.index(axis) for axis in range(len(layout))])
 
 
 def _laid_out(

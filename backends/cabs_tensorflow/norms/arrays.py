@@ -16,7 +16,7 @@ from cabs_tensorflow.norms.reductions import sizes_of
 
 
 class TensorflowArrays:
-    """The table."""
+    """Those of TensorFlow."""
 
     # Measured.
     pair_cost = 0.75

@@ -79,17 +79,11 @@ class Convolution:
 
     def _arranged(self, arrays: TensorflowArrays, found: list[Any]) -> Any:
         """Return gradients in the shape of the parameter, from those of the kernel's parts."""
-        geometry, rank = self._geometry, len(self.kernel)
-        inward = self.inputs.shape[-1]
-        at_once = geometry.laid_out(arrays, inward)
-        parts = tf.stack([tf.linalg.matrix_transpose(part) for part in found], axis=1)
-        split = rank - at_once
-        sizes = (self.groups, *self.kernel[split:], inward // self.groups, -1)
-        parts = arrays.reshape(parts, [*self.kernel[:split], *sizes])
-        # The groups move behind the channels that go in, before those that come out.
-        order = [at for at in range(rank + 3) if at != split]
-        order.insert(rank + 1, split)
-        return arrays.reshape(arrays.transpose(parts, order), self.shape)
+        # The channels that go in come before the groups, and these before those that come out.
+        rank = len(self.kernel)
+        order = [*range(2, 2 + rank), 2 + rank, 0, 1]
+        gradients = convolution.whole(arrays, found, self._geometry)
+        return arrays.reshape(arrays.transpose(gradients, order), self.shape)
 
     def squares(self, arrays: TensorflowArrays) -> Any:
         if not self._is_cheaper_in_pairs():

@@ -113,15 +113,9 @@ class _Context:
 
     def collected(self, parts: Any, aligned: Shape) -> Materialized:
         """Return gradients of what was broadcast as a tensor of the shape ``aligned`` would be."""
-        one = self.layout.one
-        aligned = (1,) * (len(one) - len(aligned)) + tuple(aligned)
-        summed = [
-            1 + axis
-            for axis, (size, wide) in enumerate(zip(aligned, one, strict=True))
-            if size == 1 and wide != 1
-        ]
-        if summed:
-            parts = tf.reduce_sum(reductions.wide(parts), axis=summed, keepdims=True)
+        axes = self.layout.broadcast_axes(aligned)
+        if axes:
+            parts = tf.reduce_sum(reductions.wide(parts), axis=axes, keepdims=True)
         sizes = sizes_of(self.input.tensor)
         return Materialized(tf.reshape(parts, [self.batch.taken, *sizes]), self.shape)
 
@@ -299,5 +293,5 @@ _NAMES = {
     **dict.fromkeys(("Add", "AddN", "AddV2", "BiasAdd", "BroadcastTo", "Sub", "Tile"), "added"),
     **dict.fromkeys(contraction.PRODUCTS, "matrix"),
     **dict.fromkeys(_CONVOLUTIONS, "convolution"),
-    **dict.fromkeys(("GatherV2", "ResourceGather"), "table"),
+    **dict.fromkeys(("GatherV2", "ResourceGather"), "lookup"),
 }

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
-from cabs import PartialStatistics
+from cabs.gradients import PartialStatistics
 from cabs.values.scalars import as_integer
 from cabs_torch.errors import describe
 from cabs_torch.graph.reentrant_checkpoints import is_reentrant_checkpoint

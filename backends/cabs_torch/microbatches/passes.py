@@ -23,8 +23,9 @@ from cabs_torch.optimizers import metric_of
 from cabs_torch.options import as_groups, parameter_lists
 from cabs_torch.ranks.engines import MeanGradient, make_whole, pieces_of
 from cabs_torch.ranks.process_groups import group_of, is_distributed
+from cabs_torch.ranks.share import Share
 from cabs_torch.statistics import BatchStatistics
-from cabs_torch.totals import Share, TotalStatistics
+from cabs_torch.totals import TotalStatistics
 
 See = Callable[[Tensor, tuple[Tensor | None, ...]], None]
 """Called with a parameter and the gradient that a pass is about to give it."""
@@ -143,7 +144,7 @@ class Passes:
             weight: What the elementwise squares that were kept are to be multiplied by.
             required: The ids of parameters that must have a gradient.
             problem: Why these are no statistics, to be raised when they are read.
-            known: Fields of a :class:`cabs_torch.totals.Share`, for a sum over ranks.
+            known: Fields of a :class:`cabs_torch.ranks.share.Share`, for a sum over ranks.
         """
         weights = None
         # Where there is a problem, gradients may be missing; ranks add up all the same.

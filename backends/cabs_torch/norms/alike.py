@@ -31,7 +31,7 @@ class Together(NamedTuple):
     reads: tuple[str, ...]
     """Which tensors the node saved; the first output's cotangent comes behind them."""
     of_same_squares: Callable[..., Tensor]
-    """From the table and these, a tensor whose squares sum, per example, to the gradient's."""
+    """From the arrays and these, a tensor whose squares sum, per example, to the gradient's."""
     examples: int
     copied: int
     """How many elements the tensors have."""
@@ -77,7 +77,7 @@ class Alike:
 
     Args:
         squares: Where the sums of squares go.
-        arrays: The table.
+        arrays: The array operations.
     """
 
     def __init__(self, squares: SquareSums, arrays: TorchArrays) -> None:

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
+from cabs.gradients import lookups
 from cabs.gradients.layout import Shape
 from cabs_torch.norms import reductions
 from cabs_torch.norms.arrays import TorchArrays
@@ -46,30 +46,24 @@ class Bags:
         tables.index_add_(0, places.clamp_max(len(tables) - 1), rows)
         return tables.reshape(count, *self.shape)
 
-    def squares(self, arrays: TorchArrays) -> Tensor:  # noqa: ARG002
+    def squares(self, arrays: TorchArrays) -> Tensor:
         """Return the squared norms of all examples' gradients, summed."""
-        if not len(self.indices):
-            return reductions.zero(self.rows.device)
-        return reductions.square(self._added_up()[1])
+        keys, rows = self._as_one()
+        found: Tensor = lookups.squares(arrays, keys, rows, self.examples * self.shape[0])
+        return found
 
-    def coordinate_squares(self, arrays: TorchArrays) -> Tensor:  # noqa: ARG002
+    def coordinate_squares(self, arrays: TorchArrays) -> Tensor:
         """Return the sum over examples of the gradients' elementwise squares, (1, *shape)."""
-        table = self.rows.new_zeros(self.shape, dtype=reductions.single_or_double(self.rows))
-        if len(self.indices):
-            order, sums, places, rows = self._added_up()
-            # The square of a sum is its terms' sum, each times the sum.
-            table.index_add_(0, self.indices[order], rows * sums[places])
-        return table.unsqueeze(0)
+        keys, rows = lookups.squared_rows(arrays, *self._as_one())
+        table: Tensor = arrays.scatter(keys % self.shape[0], rows, self.shape[0])
+        return table
 
-    def _added_up(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return an order of the rows, the sums of those that are one, their places, and the rows.
+    def _as_one(self) -> tuple[Tensor, Tensor]:
+        """Return all that was taken as if one example had done so, from a table for each example.
 
-        Rows of examples that are not wanted are 0.
+        Numbers have shape (1, N), and rows (1, N, d); those of examples not wanted are 0.
         """
-        # Equal rows of one example lie side by side once sorted, and are numbered from 0.
-        order = (self.owners * self.shape[0] + self.indices).sort(stable=True)
-        places = pad((order.values[1:] != order.values[:-1]).long(), (1, 0)).cumsum(dim=0)
         is_wanted = self.owners < self.examples
+        keys = torch.where(is_wanted, self.owners * self.shape[0] + self.indices, 0)
         rows = reductions.at_least_single(self.rows) * is_wanted.unsqueeze(-1)
-        rows = rows[order.indices]
-        return order.indices, torch.zeros_like(rows).index_add_(0, places, rows), places, rows
+        return keys.unsqueeze(0), rows.unsqueeze(0)

@@ -11,8 +11,10 @@ from __future__ import annotations
 import gc
 import math
 import sys
+import warnings
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -29,8 +31,14 @@ _known: dict[int, weakref.ref[Any]] = {}
 # The parameters that were looked for.
 _sought: dict[int, weakref.ref[Tensor]] = {}
 
-# The parameters whose engines have answered: the first step's answer is that of all.
-_asked: dict[int, weakref.ref[Tensor]] = {}
+# How often parameters' engines were asked what they do; the first answer is that of all steps.
+_asked: dict[int, tuple[weakref.ref[Tensor], int]] = {}
+
+# As often as gradients that are 0, or overflow, may leave them without an answer.
+_ANSWERED = 16
+
+# Relative difference of gradients that are the same, of the same examples.
+_SAME = 1e-9
 
 # Elements that tell a sum from a mean.
 _ELEMENTS = 1024
@@ -208,6 +216,19 @@ class MeanGradient:
         return sums[:-1]
 
 
+@contextmanager
+def arriving(ranks: int) -> Iterator[None]:
+    """Say, where a sum over ranks fails, what that means."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"the sums over {ranks} ranks have not arrived: a rank has ended, is later than the "
+            "timeout of the process group allows, or does something else; start all ranks again "
+            "from a checkpoint"
+        ) from error
+
+
 def check_alike(total: float, own: float, ranks: int) -> None:
     """Raise RuntimeError unless what this rank holds is what all hold, by the sum over ranks."""
     # What overflowed says nothing of who reduced what.
@@ -217,7 +238,8 @@ def check_alike(total: float, own: float, ranks: int) -> None:
             f"of {total / ranks:g} on average, so that nobody has averaged them: wrap the model "
             "in DistributedDataParallel, leave its no_sync() for the last pass, or call "
             "fully_shard. If a parameter is used on some ranks alone, give "
-            "parameters=model.parameters(). process_group=False gives this rank's own statistics"
+            "parameters=model.parameters(). Or a rank had gradients before the pass, and says so. "
+            "process_group=False gives this rank's own statistics"
         )
 
 
@@ -279,7 +301,8 @@ class Smallest:
         """Return what all ranks' passes gave together, and what arrived; first elements of both."""
         summed = self._local.clone()
         if self._group is not None:
-            torch.distributed.all_reduce(summed, group=self._group)
+            with arriving(torch.distributed.get_world_size(self._group)):
+                torch.distributed.all_reduce(summed, group=self._group)
         arrived = arrived_for(self.parameter)
         if arrived is None:
             return summed, None
@@ -290,19 +313,20 @@ class Engine(Smallest):
     """What averages the gradients of a pass over ranks, made before it.
 
     In a first step it is asked: the gradient of one parameter, the smallest, is summed over ranks
-    and compared with what arrives. That is a collective that later steps do not have.
+    and compared with what arrives. That is a collective that later steps do not have. All ranks
+    have to ask at once, so they give the same parameters in the same order, or share some of those
+    that they were asked about before.
     """
 
     def __init__(self, parameters: Iterable[Tensor], group: Any) -> None:
         held = list(parameters)
         super().__init__(held, group)
-        known = _asked.get(id(self.parameter))
-        self._is_asked = known is not None and known() is self.parameter
+        self._held, self._is_asked = held, has_answered(held)
         self.before: Tensor | None = None
         """Square of the gradients that were there before the pass, 0-d."""
         shared = [_of_fully_shard(one, search=False) for one in held]
-        held.extend(one.sharded_param for one in shared if one is not None)
-        given: list[Any] = [one.grad for one in held if one.grad is not None]
+        pieces = [one.sharded_param for one in shared if one is not None]
+        given: list[Any] = [one.grad for one in (*held, *pieces) if one.grad is not None]
         if given:
             squares = SquareSums()
             for gradient in given:
@@ -316,24 +340,53 @@ class Engine(Smallest):
             super().see(gradients)
 
     def check(self) -> None:
-        """Raise ValueError on every rank if the engine does not take the mean."""
+        """Raise ValueError on every rank if the engine does not take the mean.
+
+        Warn where all ranks have made the same gradient.
+        """
         if self._is_asked:
             return
         self._is_asked = True
-        _asked[id(self.parameter)] = weakref.ref(self.parameter)
         summed, arrived = self.compared()
+        size = float(summed.norm())
+        # Of a sum that is the same on all ranks, so that all ask again or none.
+        _note(self._held, is_answered=0.0 < size < math.inf)
+        ranks = torch.distributed.get_world_size(self._group)
+        is_alike = float((summed - ranks * self._local).norm()) <= _SAME * size
+        if is_alike and ranks > 1 and size > 0.0:
+            warnings.warn(
+                f"all {ranks} ranks have made the same gradient of {describe(self.parameter)}, as "
+                "they do for the same examples: give each rank a share of the batch of its own, "
+                "as cabs_torch.loader does",
+                RuntimeWarning,
+                stacklevel=3,
+            )
         if arrived is None:
             return
-        ranks = torch.distributed.get_world_size(self._group)
-        is_sum = float((arrived - summed).norm()) < 0.01 * float(summed.norm())
         # What is neither sum nor mean was not reduced, which the squares tell in every step.
-        if is_sum:
+        if float((arrived - summed).norm()) < 0.01 * size:
             raise ValueError(
                 f"{describe(self.parameter)}, has the sum of the gradients of {ranks} ranks, where "
                 "their mean was expected: let the engine average gradients, as "
                 "DistributedDataParallel and fully_shard do unless they are told otherwise "
                 "(set_gradient_divide_factor, communication hooks)"
             )
+
+
+def has_answered(parameters: Iterable[Tensor]) -> bool:
+    """Return whether what averages some of the parameters' gradients has said what it does."""
+    return any(_times_asked(one) >= _ANSWERED for one in parameters)
+
+
+def _times_asked(parameter: Tensor) -> int:
+    known, times = _asked.get(id(parameter), (None, 0))
+    return times if known is not None and known() is parameter else 0
+
+
+def _note(parameters: Iterable[Tensor], *, is_answered: bool) -> None:
+    for one in parameters:
+        times = _ANSWERED if is_answered else _times_asked(one) + 1
+        _asked[id(one)] = (weakref.ref(one), times)
 
 
 def _first(gradient: Tensor) -> Tensor:

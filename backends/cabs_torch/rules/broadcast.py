@@ -133,7 +133,7 @@ def added(
     layout: Layout, shape: Shape, factor: float = 1.0, parameter: Shape | None = None
 ) -> ParameterInput:
     """Return what is broadcast as a tensor of ``shape`` would be, times a factor, and added."""
-    axes, mine = _broadcast(layout, shape), shape if parameter is None else parameter
+    axes, mine = layout.broadcast_axes(shape), shape if parameter is None else parameter
 
     def term(_: Node, cotangent: Tensor, examples: int) -> Term:
         gradients = _summed(take(layout, cotangent, examples), axes)
@@ -159,7 +159,7 @@ def scaled(
     ``of_whole`` returns the same from all examples' tensors that the node saved, if these have an
     axis for each of the output's.
     """
-    axes, mine = _broadcast(layout, shape), shape if parameter is None else parameter
+    axes, mine = layout.broadcast_axes(shape), shape if parameter is None else parameter
     needed = 4 * math.prod(layout.shape) // layout.examples
 
     def term(node: Node, cotangent: Tensor, examples: int) -> Term:
@@ -210,13 +210,6 @@ def _together(
     kind = ("summed", one, axes, factor, *reads)
     copied = math.prod(layout.shape) * (1 + len(reads))
     return Together(kind, reads, of_same_squares, layout.examples, copied)
-
-
-def _broadcast(layout: Layout, shape: Shape) -> tuple[int, ...]:
-    """Return the axes of what is taken along which ``shape`` was broadcast."""
-    aligned = (1,) * (len(layout.shape) - len(shape)) + shape
-    pairs = enumerate(zip(aligned, layout.one, strict=True), start=1)
-    return tuple(place for place, (size, whole) in pairs if size == 1 and whole > 1)
 
 
 FACTORS: dict[str, Callable[[Any, Layout, int, Shape], ParameterInput | None]] = {

@@ -252,7 +252,7 @@ def _embedding(node: Node, layout: Layout, index: int, shape: Shape) -> Layout |
         indices = take(layout.moved(tuple(whole.shape), axis), whole, examples).flatten(1)
         return _looked_up(node, indices, take(layout, cotangent, examples).flatten(1, -2), shape)
 
-    return parameter_input("table", term, ("indices",))
+    return parameter_input("lookup", term, ("indices",))
 
 
 def _looked_up(node: Node, indices: Tensor, rows: Tensor, shape: Shape) -> Lookup:
@@ -302,7 +302,7 @@ def _embedding_bag(
         owners = torch.arange(layout.examples, device=bags.device).repeat_interleave(repeats)
         return Bags(indices, rows, owners.repeat(inside)[bags], examples, shape)
 
-    return parameter_input("table", term, ("indices", "offsets"))
+    return parameter_input("lookup", term, ("indices", "offsets"))
 
 
 _SUM, _MEAN = 0, 1
