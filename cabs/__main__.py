@@ -7,6 +7,7 @@ follows from it, and 2 where there is nothing to be read or written; an error is
 from __future__ import annotations
 
 import argparse
+import importlib
 import io
 import os
 import sys
@@ -29,6 +30,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # A path or a name need not be what the terminal can show.
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
+        for module in given.modules:
+            importlib.import_module(module)
         status: int = given.command(given)
         sys.stdout.flush()
     except BrokenPipeError:
@@ -57,6 +60,14 @@ def _parser() -> argparse.ArgumentParser:
         of_command = commands.add_parser(name, help=purpose, description=f"{purpose.capitalize()}.")
         of_command.set_defaults(command=command)
         of_command.add_argument("log", type=Path, metavar="RUN.jsonl", help="the log of a run")
+        of_command.add_argument(
+            *("--import", "-i"),
+            dest="modules",
+            action="append",
+            default=[],
+            metavar="MODULE",
+            help="imported first, since it registers the rule of the run",
+        )
         if name == "plot":
             of_command.add_argument(
                 "-o",

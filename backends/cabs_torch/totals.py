@@ -41,7 +41,7 @@ class TotalStatistics(BatchStatistics):
     _sums: Tensor
     _work: Any
     _numbers: list[float] | None
-    """The sums, what this rank has of those that should be alike, and what was there before."""
+    """The sums over ranks, this rank's square of the gradients, and that of those held before."""
 
     def __init__(self, share: Share, group: Any, *, measured: float, is_grouped: bool) -> None:
         device, mark = share.squares.device, float(share.mark)

@@ -12,11 +12,11 @@ from cabs.control.deciding import decide
 from cabs.control.decision import (
     Decision,
     Observation,
-    Reason,
     State,
     initial_state,
 )
 from cabs.control.progress import Progress
+from cabs.control.reasons import Reason
 from cabs.control.registry import register_batch_size_rule
 from cabs.control.rules import (
     CABS,

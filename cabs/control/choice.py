@@ -1,10 +1,10 @@
-"""The allowed size for what a rule asks for: the nearest, or, while the clock is read, another."""
+"""The allowed size for a rule's value: the nearest, or another while a step's cost is measured."""
 
 from __future__ import annotations
 
 from cabs.control.configuration import Configuration
 from cabs.control.costs import Clock
-from cabs.control.decision import Reason
+from cabs.control.reasons import Reason
 
 # Looking a member up in its enumeration takes longer than the rule (Python 3.11).
 _RULE, _MAXIMUM = Reason.RULE, Reason.MAXIMUM
@@ -38,10 +38,10 @@ def explored(
 ) -> tuple[int, Reason]:
     """Return half of what is asked for, or four times as much, in turn.
 
-    For Adam, in whose second moment the noise of small batches stays, nothing smaller than asked,
-    but for a quarter of the largest size where more than that is asked for.
+    Under Adam, in whose second moment the noise of small batches stays, nothing smaller than asked;
+    but a quarter of the largest size where more than that is asked for.
     """
-    sizes, is_adaptive = configuration.sizes, getattr(configuration.rule, "adaptive", False)
+    sizes, is_adaptive = configuration.sizes, bool(configuration.rule.in_metric)
     size = sizes.nearest(raw if is_adaptive else 0.5 * raw)
     # Before anything is known of the cost, a look at a size that shows its order of magnitude.
     known = clock.cost is not None

@@ -13,8 +13,9 @@ from typing import Any
 from cabs.control.configuration import DEFAULT_SIZES, Configuration
 from cabs.control.costs import StepCost
 from cabs.control.deciding import decide
-from cabs.control.decision import Decision, Observation, Reason, initial_state, is_due
+from cabs.control.decision import Decision, Observation, initial_state, is_due
 from cabs.control.progress import check_metric
+from cabs.control.reasons import Reason
 from cabs.control.rules import PAPER, Rule
 from cabs.control.sizes import BatchSizes
 from cabs.control.state import carry_over, fingerprint_of, read_state, write_state

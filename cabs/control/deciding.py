@@ -1,8 +1,9 @@
 """The decision as a pure function: configuration, state, observation -> new state, decision.
 
-Guarantees: the same inputs give the same outputs to the bit, on any machine with IEEE arithmetic;
-no value that is not finite reaches an average; an observation that does not fit raises before
-anything has changed.
+Guarantees: the same inputs give the same outputs to the bit, for the paper's rule on any machine
+with IEEE arithmetic, for others where the logarithms of the C library are the same; no value that
+is not finite reaches an average; an observation that does not fit raises before anything has
+changed.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from cabs.control.choice import explored, nearest
 from cabs.control.configuration import Configuration
 from cabs.control.costs import timed
 from cabs.control.curve import extended, steps_in
-from cabs.control.decision import Decision, Observation, Reason, State, is_due
+from cabs.control.decision import Decision, Observation, State, is_due
+from cabs.control.reasons import Reason
 from cabs.control.rules import CABS, Known
 
 
@@ -60,28 +62,29 @@ def decide(
     # A rate or trace that is not finite leaves the paper's rule without a finite value; others do
     # not look at everything.
     is_sound = type(rule) is CABS or _is_finite(observation)
-    if raw is None or not is_sound or not math.isfinite(raw):
-        reason = _why_held(configuration, observation, averages)
-        if reason not in _WITHOUT_VALUE:
-            averages, curve, raw = state.averages, state.curve, None
-        elif raw is not None:
-            raw = None if math.isnan(raw) else math.copysign(sys.float_info.max, raw)
-    if raw is not None:
+    value = None if isinstance(raw, Reason) else raw
+    if value is None or not is_sound or not math.isfinite(value):
+        reason = raw if isinstance(raw, Reason) else Reason.RULE_NOT_FINITE
+        if left_out := _why_left_out(observation, averages):
+            reason, averages, curve, value = left_out, state.averages, state.curve, None
+        elif not isinstance(raw, Reason):
+            value = None if math.isnan(raw) else math.copysign(sys.float_info.max, raw)
+    if value is not None:
         if clock.steps and clock.explores and len(configuration.sizes) > 1:
-            batch_size, reason = explored(configuration, clock, batch_size, raw)
+            batch_size, reason = explored(configuration, clock, batch_size, value)
         else:
-            batch_size, reason = nearest(configuration, batch_size, raw)
-        is_capped = raw > configuration.sizes.maximum
+            batch_size, reason = nearest(configuration, batch_size, value)
+        is_capped = value > configuration.sizes.maximum
         # What is tried for the clock is no reason to change the rate.
         chosen = configuration.sizes.maximum if reason is Reason.EXPLORING else batch_size
-        factor = rule.rate_factor(chosen, raw, overhead) if is_capped else 1.0
+        factor = rule.rate_factor(chosen, value, overhead) if is_capped else 1.0
         # Rounding is not to make it more than one, or nothing.
         factor = min(max(factor, sys.float_info.min), 1.0)
     measured = traces is not None and averages is not state.averages
     means = averages.variance_trace
     after = State(
         state.step + 1,
-        state.held + (raw is None),
+        state.held + (value is None),
         1 if measured else state.age + 1,
         batch_size,
         factor,
@@ -92,7 +95,7 @@ def decide(
     decision = Decision(
         state.step,
         batch_size,
-        raw,
+        value,
         (means[0] if len(means) == 1 else sum(means)) if means else None,
         averages.loss if averages.loss_weight else None,
         reason,
@@ -100,10 +103,6 @@ def decide(
         observation,
     )
     return after, decision
-
-
-# Where the observation was taken in, and the rule has no value.
-_WITHOUT_VALUE = (Reason.LOSS_AT_FLOOR, Reason.NO_PROGRESS, Reason.RULE_NOT_FINITE)
 
 
 def _check(configuration: Configuration, state: State, observation: Observation) -> None:
@@ -153,8 +152,8 @@ def _is_finite(observation: Observation) -> bool:
     return all(map(math.isfinite, (*rates, *(traces or ()), loss, square or 0.0)))
 
 
-def _why_held(configuration: Configuration, observation: Observation, averages: Averages) -> Reason:
-    """Return why the averages, with the observation in them, give the rule no finite value."""
+def _why_left_out(observation: Observation, averages: Averages) -> Reason | None:
+    """Return why the averages must not have the observation in them, None if they may."""
     rates, traces, loss, square = observation[:4]
     if not (math.isfinite(loss) and math.isfinite(averages.loss)):
         return Reason.LOSS_NOT_FINITE
@@ -164,10 +163,7 @@ def _why_held(configuration: Configuration, observation: Observation, averages: 
         return Reason.VARIANCE_NOT_FINITE
     if not (math.isfinite(square or 0.0) and math.isfinite(averages.gradient_square)):
         return Reason.GRADIENT_NOT_FINITE
-    rule = configuration.rule
-    floor = getattr(rule, "loss_floor", -math.inf)
-    is_at_floor = floor is None or averages.loss <= floor
-    return Reason(rule.held_reason) if is_at_floor else Reason.RULE_NOT_FINITE
+    return None
 
 
 def _debiased(

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from cabs.control.curve import decay_exponent, decrease
+from cabs.control.reasons import Reason
 from cabs.control.rules import Known, Rule, coupled
 from cabs.control.sizes import BatchSizes
 from cabs.values.scalars import as_bool, as_finite, as_integer
@@ -57,7 +58,6 @@ class Progress(Rule):
         128
     """
 
-    held_reason = "no progress"
     needs_curve = True
     overhead: float | None = None
     loss_floor: float | None = 0.0
@@ -81,6 +81,11 @@ class Progress(Rule):
                 )
         if self.seconds is not None:
             object.__setattr__(self, "seconds", _table(self.seconds))
+
+    @property
+    def in_metric(self) -> bool:
+        """Whether it takes norms in the metric of an optimizer's step."""
+        return self.adaptive
 
     @property
     def needs_gradient(self) -> bool:
@@ -107,16 +112,18 @@ class Progress(Rule):
             return sizes.nearest((8.0 if self.adaptive else 1.0) * sizes.minimum)
         return sizes.nearest(self.overhead)
 
-    def asked(self, rates: tuple[float, ...], known: Known) -> float | None:
-        """Return the size; None where the loss is not above its floor, and does not fall."""
+    def asked(self, rates: tuple[float, ...], known: Known) -> float | Reason:
+        """Return the size, or that the loss is not above its floor, and does not fall."""
         averages, curve, floor = known.averages, known.curve, self.loss_floor
         before = known.steps_before + self.steps_before
         if floor is not None and averages.loss > floor:
             falls = decay_exponent(curve, floor, before) * (averages.loss - floor)
         else:
             falls = decrease(curve, before)
-        if not 0.0 < falls < math.inf:
-            return None
+        if not falls > 0.0:
+            return Reason.NO_PROGRESS
+        if falls == math.inf:
+            return math.nan
         traces = averages.variance_trace
         noise = coupled(rates, traces, 2.0 * falls)
         if not noise >= 0.0:
@@ -147,10 +154,10 @@ class Progress(Rule):
         return measured if self.overhead is None else self.overhead
 
 
-def check_metric(rule: object, statistics: object) -> None:
+def check_metric(rule: Rule, statistics: object) -> None:
     """Raise ValueError for statistics that say they are in another metric than the rule's."""
     in_metric = getattr(statistics, "in_metric", None)
-    if in_metric is None or not isinstance(rule, Progress) or in_metric == rule.adaptive:
+    if in_metric is None or rule.in_metric in (None, in_metric):
         return
     if in_metric:
         raise ValueError(

@@ -12,6 +12,7 @@ import numpy as np
 from cabs.control.averages import Averages
 from cabs.control.configuration import Configuration
 from cabs.control.decision import Observation
+from cabs.control.reasons import Reason
 
 
 def averaged(
@@ -35,11 +36,11 @@ def averaged(
         return Averages(means, weight, loss, 1.0, square, square_weight)
 
 
-def rule(rates: tuple[float, ...], averages: Averages) -> float | None:
-    """Return the size that is asked for; None where the loss is not above 0."""
+def rule(rates: tuple[float, ...], averages: Averages) -> float | Reason:
+    """Return the size that is asked for, or that the loss is not above 0."""
     traces = averages.variance_trace
     if not 0.0 < averages.loss < math.inf:
-        return None
+        return Reason.LOSS_AT_FLOOR
     with np.errstate(all="ignore"):
         loss = np.float32(averages.loss)
         if len(rates) == 1:

@@ -1,6 +1,6 @@
 """The rules that can drive a controller, by name, as plain values and back.
 
-Guarantees: a rule that was written reads back equal; what is none is refused with the reason.
+Guarantees: a rule reads back equal to what was written; anything else is an error that says why.
 """
 
 from __future__ import annotations

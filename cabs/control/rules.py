@@ -2,8 +2,7 @@
 
 Guarantees: pure functions of floats; the value is raw, that is neither smoothed, rounded nor
 clipped. A function is infinite where it asks for more than any batch. A rule that drives a
-controller is an immutable object with its settings, and has no value where the loss is at its
-floor.
+controller is an immutable object with its settings, which gives a size, or a reason to have none.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ from typing import NamedTuple
 
 from cabs.control.averages import Averages
 from cabs.control.curve import Curve
+from cabs.control.reasons import Reason
 from cabs.control.sizes import BatchSizes
 from cabs.values.scalars import Scalar, Scalars, as_finite, as_float, as_floats
 
@@ -151,8 +151,11 @@ class Rule(ABC):
     """
 
     __slots__ = ()
-    held_reason = "rule not finite"
-    """Why the size is held where the loss is at or under the floor and the rule has no value."""
+
+    @property
+    def in_metric(self) -> bool | None:
+        """Whether it takes norms in the metric of an optimizer's step; None: it takes either."""
+        return None
 
     @property
     def needs_gradient(self) -> bool:
@@ -174,8 +177,8 @@ class Rule(ABC):
         return sizes.minimum
 
     @abstractmethod
-    def asked(self, rates: tuple[float, ...], known: Known) -> float | None:
-        """Return the size that it asks for, in examples; None where it has no value.
+    def asked(self, rates: tuple[float, ...], known: Known) -> float | Reason:
+        """Return the size that it asks for, in examples, or why it has none.
 
         Args:
             rates: Learning rates, one, or one per parameter group.
@@ -208,17 +211,18 @@ class CABS(Rule):
         90.0
     """
 
-    held_reason = "loss at floor"
     loss_floor: float = 0.0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "loss_floor", as_finite(self.loss_floor, "loss_floor"))
 
-    def asked(self, rates: tuple[float, ...], known: Known) -> float | None:
-        """Return the size that the rule asks for; None where it has no value."""
-        averages = known.averages
-        excess = averages.loss - self.loss_floor
-        return coupled(rates, averages.variance_trace, excess) if 0.0 < excess < math.inf else None
+    def asked(self, rates: tuple[float, ...], known: Known) -> float | Reason:
+        """Return the size that the rule asks for, or that the loss is at the floor."""
+        excess = known.averages.loss - self.loss_floor
+        if excess <= 0.0:
+            return Reason.LOSS_AT_FLOOR
+        traces = known.averages.variance_trace
+        return coupled(rates, traces, excess) if excess < math.inf else math.nan
 
     def rate_factor(self, size: int, asked: float, overhead: float) -> float:  # noqa: ARG002
         """Return the factor for which the rule asks for the size."""
@@ -247,7 +251,7 @@ class NormTest(Rule):
         object.__setattr__(self, "theta", as_float(self.theta, "theta"))
         norm_test(variance_trace=1.0, gradient_norm_squared=1.0, theta=self.theta)
 
-    def asked(self, rates: tuple[float, ...], known: Known) -> float | None:  # noqa: ARG002
+    def asked(self, rates: tuple[float, ...], known: Known) -> float:  # noqa: ARG002
         """Return the size that the rule asks for."""
         trace, square = sum(known.averages.variance_trace), known.averages.gradient_square
         return norm_test(variance_trace=trace, gradient_norm_squared=square, theta=self.theta)
@@ -267,7 +271,7 @@ class NoiseScale(Rule):
 
     needs_gradient = True
 
-    def asked(self, rates: tuple[float, ...], known: Known) -> float | None:  # noqa: ARG002
+    def asked(self, rates: tuple[float, ...], known: Known) -> float:  # noqa: ARG002
         """Return the size that the rule asks for."""
         trace, square = sum(known.averages.variance_trace), known.averages.gradient_square
         return noise_scale_rule(variance_trace=trace, gradient_norm_squared=square)

@@ -116,7 +116,7 @@ def carry_over(before: Configuration, state: State, after: Configuration) -> Sta
             "change within a run"
         )
     averages, curve, rule = state.averages, state.curve, after.rule
-    if getattr(before.rule, "adaptive", False) != getattr(rule, "adaptive", False):
+    if bool(before.rule.in_metric) != bool(rule.in_metric):
         # Norms in another metric, which mean nothing here.
         averages = averages._replace(
             variance_trace=(), variance_weight=0.0, gradient_square=0.0, gradient_weight=0.0

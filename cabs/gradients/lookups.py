@@ -21,7 +21,7 @@ def squares(arrays: Arrays, ids: Array, rows: Array, length: int) -> Squares:
     """Return |g_i|^2.
 
     Args:
-        arrays: The framework's table.
+        arrays: The framework's array operations.
         ids: The numbers of the rows, shape (n, T).
         rows: The cotangents of what was taken, shape (n, T, h).
         length: How many rows the table has.
@@ -55,7 +55,7 @@ def coordinate_squares(arrays: SummingArrays, ids: Array, rows: Array, length: i
 
 
 def squared_rows(arrays: Arrays, ids: Array, rows: Array) -> tuple[Array, Array]:
-    """Return the numbers in order, and rows that add up, by number, to the squares of their sums.
+    """Return the sorted numbers, and rows whose sums, by number, are the squared gradient's rows.
 
     Arguments are those of :func:`squares`.
     """

@@ -165,7 +165,7 @@ class Product:
 
 @dataclass(frozen=True)
 class Lookup:
-    """Gradients of a table of which each example took some rows, some perhaps more than once.
+    """Gradients of an embedding table, of which an example may use a row several times.
 
     ``ids`` has shape (n, T), ``rows``, the cotangents of what was taken, (n, T, h), and ``shape``
     is the table's, (V, ...).

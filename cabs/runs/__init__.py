@@ -2,7 +2,7 @@
 
 ``RunLog`` writes each decision, ``read_run`` decides again from the log alone, the command line
 shows both, and ``atomic_write`` keeps a checkpoint from being half a file. Imports ``cabs.control``
-and ``cabs.values``; nothing but the command line imports it.
+and ``cabs.values``; the front door, the command line and ``cabs.plot`` import it.
 """
 
 from cabs.runs.log import RunLog

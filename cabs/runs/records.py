@@ -16,7 +16,8 @@ from numbers import Integral
 from typing import Any
 
 from cabs.control.configuration import Configuration
-from cabs.control.decision import Decision, Observation, Reason, State
+from cabs.control.decision import Decision, Observation, State
+from cabs.control.reasons import Reason
 from cabs.control.state import read_state
 from cabs.values.formats import check_mark
 from cabs.values.scalars import Scalar, as_float

@@ -1,12 +1,16 @@
 """A batch-size rule of a user's own drives a controller, and is in its states and logs."""
 
+import os
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 import cabs
-from cabs.control import CABS, Configuration, Known, Rule, register_batch_size_rule
+from cabs.control import CABS, Configuration, Known, Reason, Rule, register_batch_size_rule
+from tests.processes import finished
 
 
 @register_batch_size_rule
@@ -16,9 +20,10 @@ class LossOnly(Rule):
 
     scale: float = 10.0
 
-    def asked(self, rates: tuple[float, ...], known: Known) -> float | None:
+    def asked(self, rates: tuple[float, ...], known: Known) -> float | Reason:
         del rates
-        return None if known.averages.loss > 9.0 else self.scale * known.averages.loss
+        loss = known.averages.loss
+        return Reason.NO_PROGRESS if loss > 9.0 else self.scale * loss
 
 
 def updated(controller: cabs.Controller, loss: float) -> cabs.control.Decision:
@@ -35,7 +40,7 @@ def test_it_is_asked_for_sizes():
 
 def test_where_it_has_no_value_the_size_is_held_with_a_reason():
     decision = updated(cabs.Controller(16, rule=LossOnly()), 20.0)
-    assert (decision.batch_size, decision.reason.value) == (16, "rule not finite")
+    assert (decision.batch_size, decision.reason.value) == (16, "no progress")
 
 
 def test_its_log_is_replayed(tmp_path):
@@ -48,6 +53,35 @@ def test_its_log_is_replayed(tmp_path):
     run = cabs.read_run(path)
     assert run.configuration.rule == LossOnly(scale=12.0)
     assert run.decisions == decisions
+
+
+OWN = """
+from dataclasses import dataclass
+from cabs.control import Rule, register_batch_size_rule
+
+@register_batch_size_rule
+@dataclass(frozen=True)
+class FromAFile(Rule):
+    def asked(self, rates, known):
+        return 10.0 * known.averages.loss
+"""
+
+
+def test_the_command_line_imports_what_registers_it(tmp_path):
+    (tmp_path / "own_rules.py").write_text(OWN)
+    program = "import cabs, own_rules; from tests.core.logs import write"
+    program += "; write('run.jsonl', cabs.Controller(16, rule=own_rules.FromAFile()), 5)"
+    root = Path(__file__).parents[2]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(root), str(tmp_path)))}
+    options = {"cwd": tmp_path, "env": environment}
+    done = finished([sys.executable, "-c", program], **options)
+    assert done.returncode == 0, done.stderr
+    command = [sys.executable, "-m", "cabs", "replay", "run.jsonl"]
+    done = finished([*command, "--import", "own_rules"], **options)
+    assert "made again and the same: 5" in done.stdout, done.stderr
+    done = finished(command, **options)
+    assert done.returncode == 2
+    assert "import the module that registers it" in done.stderr
 
 
 def test_its_state_is_loaded_and_another_setting_refused():

@@ -391,7 +391,7 @@ class _Feed:
         """Where batches come from, while that is known."""
         self._controller, self._log = controller, log
         rule = controller.configuration.rule
-        self.in_metric = getattr(rule, "adaptive", False)
+        self.in_metric = bool(rule.in_metric)
         """Whether the rule takes norms in the metric of the optimizer's step."""
         self._watch = Stopwatch() if rule.needs_clock else None
         smoothing = controller.configuration.smoothing

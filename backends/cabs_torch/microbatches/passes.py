@@ -213,7 +213,7 @@ class Passes:
 def _metric_of(parameters: Any, in_metric: bool, controller: Any) -> Any:
     """Return the metric in which norms are to be taken, None where P is 1."""
     if not in_metric:
-        if controller is not None and getattr(controller.configuration.rule, "adaptive", False):
+        if controller is not None and controller.configuration.rule.in_metric:
             raise ValueError(
                 "in_metric must be True for a controller whose rule is adaptive, which takes norms "
                 "in the metric of the optimizer's step: give the optimizer in place of parameters"

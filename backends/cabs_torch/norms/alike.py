@@ -31,7 +31,7 @@ class Together(NamedTuple):
     reads: tuple[str, ...]
     """Which tensors the node saved; the first output's cotangent comes behind them."""
     of_same_squares: Callable[..., Tensor]
-    """From the arrays and these, a tensor whose squares sum, per example, to the gradient's."""
+    """Computes a tensor with the same sum of squares, per example, as the gradient."""
     examples: int
     copied: int
     """How many elements the tensors have."""

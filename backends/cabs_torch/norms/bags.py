@@ -59,7 +59,7 @@ class Bags:
         return table
 
     def _as_one(self) -> tuple[Tensor, Tensor]:
-        """Return all that was taken as if one example had done so, from a table for each example.
+        """Return all rows as those of one example, with a table of its own for each real one.
 
         Numbers have shape (1, N), and rows (1, N, d); those of examples not wanted are 0.
         """
