@@ -8,6 +8,7 @@ from cabs.gradients.errors import UncoveredParameterError
 from cabs_tensorflow.data.dataset import dataset
 from cabs_tensorflow.data.loader import loader
 from cabs_tensorflow.keras.fitting import AdaptiveBatchSize, adaptive
+from cabs_tensorflow.optimizers import learning_rate
 from cabs_tensorflow.replicas import apply, share_of
 from cabs_tensorflow.statistics import BatchStatistics, PartialStatistics
 from cabs_tensorflow.tape import GradientTape
@@ -22,6 +23,7 @@ __all__ = [
     "adaptive",
     "apply",
     "dataset",
+    "learning_rate",
     "loader",
     "share_of",
     "verify",

@@ -1,7 +1,7 @@
 """The metric of the step that an optimizer of Keras takes next.
 
 Guarantees: P is what that step multiplies a gradient with, the current batch's gradient in the
-second moment; an optimizer whose step is not known is refused.
+second moment, and the rate how far that goes; an optimizer whose step is not known is refused.
 """
 
 from __future__ import annotations
@@ -15,12 +15,38 @@ Metric = Callable[[Any, Any], Any]
 """From a gradient, dense, and its variable to P, in the shape of both."""
 
 
+def learning_rate(optimizer: Any) -> Any:
+    r"""Return the learning rate that a rule takes: how far a gradient moves a variable in the end.
+
+    With momentum :math:`\mu` of SGD or RMSprop a gradient is in the steps that follow too,
+    together :math:`1 / (1 - \mu)` times (Smith and others, "Don't decay the learning rate, increase
+    the batch size", arXiv 1711.00489, section 4). Adam, AdamW, Nadam and Adagrad take the
+    rate as it is.
+
+    Args:
+        optimizer: One of Keras', perhaps inside of a ``LossScaleOptimizer``.
+
+    Returns:
+        A tensor, shape (), that of the step to come where the rate follows a schedule.
+
+    Example:
+        >>> import keras, cabs_tensorflow
+        >>> optimizer = keras.optimizers.SGD(0.5, momentum=0.75)
+        >>> float(cabs_tensorflow.learning_rate(optimizer))
+        2.0
+    """
+    inner = getattr(optimizer, "inner_optimizer", optimizer)
+    has_momentum = type(inner).__name__ in ("SGD", "RMSprop")
+    momentum = float(inner.momentum or 0.0) if has_momentum else 0.0
+    return tf.convert_to_tensor(optimizer.learning_rate) / (1.0 - momentum)
+
+
 def metric_of(optimizer: Any) -> Metric | None:
     """Return the metric of an optimizer's coming step; None where P is 1.
 
     Raises:
         TypeError: If the optimizer's step is not known.
-        ValueError: If it is not built yet.
+        ValueError: If it is not built yet, or steps with the gradients of several batches.
     """
     kind = type(optimizer)
     # By their names, since a loop without Keras does not import it.
@@ -33,6 +59,11 @@ def metric_of(optimizer: Any) -> Metric | None:
             f"optimizer must be one of Keras' {', '.join(_ROOTS)}, whose steps are known, got "
             f"{optimizer!r}; for another give a function from a gradient and its variable to P, a "
             "tensor in their shape"
+        )
+    if optimizer.gradient_accumulation_steps:
+        raise ValueError(
+            "optimizer must step with each batch's own gradient, got gradient_accumulation_steps="
+            f"{optimizer.gradient_accumulation_steps}; leave it out, and cut a batch by cabs.split"
         )
     root = _ROOTS[kind.__name__]
     if root is None:

@@ -58,6 +58,31 @@ def test_the_constant_is_chosen_on_one_seed_and_judged_on_another(report):
     assert report.ratios(found)["CABS"][0] == pytest.approx(1.0, rel=0.04)
 
 
+def test_a_quick_study_by_the_machine_s_clock_leaves_a_table(tmp_path):
+    command = [sys.executable, str(PAPER / "wall_clock.py"), "--out", str(tmp_path), "--quick"]
+    for _ in range(2):
+        # What is there is not made again.
+        result = finished(command)
+        assert result.returncode == 0, result.stderr
+        runs = (tmp_path / "wall_clock.jsonl").read_text().splitlines()
+        assert len(runs) == 3 * 8 * 2
+    page = (tmp_path / "wall-clock.inc").read_text()
+    assert page.count("- Progress") == page.count("- constant 16\n") == 3
+
+
+def test_seconds_to_a_loss_are_compared_with_the_best_constant_s(module):
+    wall_clock = module("wall_clock")
+    seconds = np.linspace(0.1, 10.0, 100)
+    curves = {
+        name: dict.fromkeys((11, 12), (seconds, 1.0 / (faster * seconds)))
+        for name, faster in {"constant 16": 1.0, "constant 32": 0.5, "Progress": 2.0}.items()
+    }
+    times = wall_clock.times_of(curves)
+    assert times["constant 16"] == [1.0] * 4
+    assert np.mean(times["constant 32"]) == pytest.approx(2.0, rel=0.05)
+    assert np.mean(times["Progress"]) == pytest.approx(0.5, rel=0.05)
+
+
 def test_rates_and_sizes_of_what_decays_are_chosen_on_one_seed_and_judged_on_another(report):
     methods = {
         "constant 16": {1: 1.0, 2: 1.0},

@@ -16,6 +16,7 @@ from tests.tensorflow.fitted import (
     ONE_HOT,
     RANDOM,
     WEIGHTS,
+    Log,
     X,
     assert_measured,
     compiled,
@@ -202,6 +203,30 @@ def test_groups_measure_a_recurrent_network():
     x = RANDOM.normal(size=(64, 4, 6)).astype(np.float32)
     made, _, _ = fitted(compiled(model), (x, LABELS[:64]), follow={"microbatches": 4})
     assert made.held_steps == 0
+
+
+def test_momentum_is_in_the_rate_that_the_controller_is_told():
+    model = network()
+    model.compile(keras.optimizers.SGD(0.125, momentum=0.75), CROSS_ENTROPY)
+    _, log, _ = fitted(model)
+    assert {decision.observation.learning_rate for decision in log.decisions} == {(0.5,)}
+
+
+def test_what_is_done_between_epochs_is_in_no_step():
+    now = [0.0]
+
+    def between(epoch, logs):
+        del epoch, logs
+        now[0] += 1.0
+
+    made = cabs.Controller(16, sizes=cabs.BatchSizes.range(16, 48), rule=cabs.Progress())
+    log = Log(made)
+    model = cabs_tensorflow.adaptive(compiled(), made, log=log)
+    model._feed._watch = cabs.Stopwatch(lambda: now[0])
+    slow = keras.callbacks.LambdaCallback(on_epoch_end=between)
+    model.fit(cabs_tensorflow.dataset(made, (X, LABELS)), epochs=3, verbose=0, callbacks=[slow])
+    assert now == [3.0]
+    assert {decision.observation.seconds for decision in log.decisions} == {0.0}
 
 
 def test_the_noise_scale_divides_averages():

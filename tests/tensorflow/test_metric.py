@@ -166,6 +166,29 @@ def test_one_product_is_not_materialized_and_exact():
         Controller(16, rule=Progress(overhead=100)).update(statistics, learning_rate=1e-3)
 
 
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_the_rate_is_how_far_a_gradient_moves_a_variable_in_the_end(nesterov):
+    optimizer = keras.optimizers.SGD(0.5, momentum=0.75, nesterov=nesterov)
+    weight = tf.Variable([0.0, 0.0], dtype=tf.float32)
+    optimizer.build([weight])
+    rate = float(cabs_tensorflow.learning_rate(optimizer))
+    for step in range(60):
+        optimizer.apply([tf.constant([1.0, -2.0]) * float(step == 0)], [weight])
+    np.testing.assert_allclose(weight.numpy(), [-rate, 2.0 * rate], rtol=1e-5)
+    assert rate == 2.0
+
+
+def test_the_rate_of_others_is_their_own():
+    made = keras.optimizers
+    schedule = made.schedules.ExponentialDecay(0.25, 10, 0.5)
+    scaled = made.LossScaleOptimizer(made.SGD(0.5, momentum=0.5))
+    for optimizer, rate in (
+        *((made.SGD(0.25), 0.25), (made.SGD(schedule, momentum=0.5), 0.5), (made.Adam(0.25), 0.25)),
+        *((made.RMSprop(0.25, momentum=0.5), 0.5), (made.AdamW(0.25), 0.25), (scaled, 1.0)),
+    ):
+        assert float(cabs_tensorflow.learning_rate(optimizer)) == rate
+
+
 def test_what_is_not_known_is_refused():
     variable = tf.Variable([1.0, 2.0])
 
@@ -183,6 +206,8 @@ def test_what_is_not_known_is_refused():
         step(keras.optimizers.Ftrl())
     with pytest.raises(ValueError, match=r"optimizer must be built.*optimizer\.build"):
         step(keras.optimizers.Adam())
+    with pytest.raises(ValueError, match="gradient_accumulation_steps=2; leave it out"):
+        step(keras.optimizers.SGD(0.1, gradient_accumulation_steps=2))
     with pytest.raises(ValueError, match="P in the shape of the gradient"):
         step(lambda gradient, _: gradient[:1])
 

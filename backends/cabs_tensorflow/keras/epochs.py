@@ -9,6 +9,7 @@ has no way out of it.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -25,6 +26,7 @@ def run_epochs(
     callbacks: Any,
     validation_data: Any,
     validation_freq: Any,
+    begin: Callable[[], None],
     validation: dict[str, Any],
 ) -> Any:
     """Train a compiled model, whose ``train_function`` is made, and return the history.
@@ -39,6 +41,7 @@ def run_epochs(
         callbacks: A list, or a ``keras.callbacks.CallbackList``.
         validation_data: What ``evaluate`` takes, as a tuple, or a dataset.
         validation_freq: After every so many epochs, or after which, counted from 1.
+        begin: Called where the steps of an epoch begin.
         validation: More arguments for ``evaluate``.
 
     Raises:
@@ -67,6 +70,7 @@ def run_epochs(
         # Or the progress bar takes the number of steps of the epoch before for that of this one.
         callbacks.set_params(callbacks.params)
         callbacks.on_epoch_begin(epoch)
+        begin()
         logs = {}
         for step in itertools.count() if steps_per_epoch is None else range(steps_per_epoch):
             callbacks.on_train_batch_begin(step)

@@ -23,6 +23,7 @@ from cabs_tensorflow.keras.conditions import check_compiled, is_overridden
 from cabs_tensorflow.keras.epochs import run_epochs, with_class_weights
 from cabs_tensorflow.keras.losses import compiled_losses
 from cabs_tensorflow.keras.steps import measure, measure_microbatches
+from cabs_tensorflow.optimizers import learning_rate
 from cabs_tensorflow.replicas import apply, share_of
 
 if TYPE_CHECKING:
@@ -243,7 +244,7 @@ class AdaptiveBatchSize(_Model):
         else:
             measured = measure_microbatches(self, x, y, sample_weight, self._microbatches)
         # Read before the step moves a schedule on.
-        rate = tf.convert_to_tensor(self.optimizer.learning_rate)
+        rate = learning_rate(self.optimizer)
         apply(self.optimizer, measured.gradients, self.trainable_variables)
         return {**measured.logs, _MEASURED: (measured.statistics, measured.loss, rate)}
 
@@ -376,6 +377,7 @@ class AdaptiveBatchSize(_Model):
                 callbacks=callbacks,
                 validation_data=validation_data,
                 validation_freq=validation_freq,
+                begin=self._feed.begin,
                 validation={"batch_size": validation_batch_size, "steps": validation_steps},
             )
         finally:
@@ -397,12 +399,17 @@ class _Feed:
         smoothing = controller.configuration.smoothing
         self._trace, self._square = DebiasedAverage(smoothing), DebiasedAverage(smoothing)
 
-    def __call__(self, statistics: Any, loss: Any, learning_rate: Any) -> dict[str, float]:
+    def begin(self) -> None:
+        """Leave what was done between two epochs, as validation, out of the time of a step."""
+        if self._watch is not None:
+            self._watch.lap()
+
+    def __call__(self, statistics: Any, loss: Any, rate: Any) -> dict[str, float]:
         """Feed the controller, and return what to log."""
         found = statistics.read()
         trace, square = found.variance_trace, found.expected_gradient_norm_squared
         self.decision = self._controller.update(
-            found, learning_rate=learning_rate, loss=float(loss), seconds=self._watch
+            found, learning_rate=rate, loss=float(loss), seconds=self._watch
         )
         if self._log is not None:
             self._log.write(self.decision, examples=found.examples)
