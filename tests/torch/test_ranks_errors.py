@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import cabs
 import cabs_torch
-from tests.torch.engines import M, gradients, losses_of, network, share
+from tests.torch.engines import M, gradients, losses_of, network, share, weights
 from tests.torch.gloo import Ranks
 
 # Seconds that ranks wait for each other, in the tests in which one is gone or late.
@@ -82,6 +82,31 @@ def test_shares_that_differ_are_an_error_on_every_rank(three):
     # One of them has a third of the batch, and sees nothing wrong with its own weights.
     found = three.run(unequal_without_a_word)
     assert_each_says(found, "RuntimeError", "batch_size=loader.batch.examples")
+
+
+def with_shares_that_do_not_add_up(is_read_first):
+    """Return whether a step that is told of another batch moves this rank's weights."""
+    model = DistributedDataParallel(network())
+    optimizer, before = torch.optim.SGD(model.parameters(), lr=1.0), weights(model)
+    statistics = cabs_torch.backward(losses_of(model, share(False)))
+    said = "no error"
+    try:
+        if is_read_first:
+            statistics.read()
+        optimizer.step()
+        statistics.read()
+    except RuntimeError as error:
+        said = str(error)
+    return said, not torch.equal(weights(model), before)
+
+
+@pytest.mark.parametrize("is_read_first", [True, False])
+def test_statistics_read_before_the_step_stop_every_rank_before_its_weights_move(
+    two, is_read_first
+):
+    for said, has_moved in two.all(with_shares_that_do_not_add_up, is_read_first):
+        assert "so that their gradients have wrong weights" in said
+        assert has_moved is not is_read_first
 
 
 def of_another_batch(batch_size):
