@@ -211,7 +211,8 @@ class MeanGradient:
         """
         shares, alike = self.squares(number_of, count, device)
         sums = torch.cat([shares, alike.reshape(1)])
-        torch.distributed.all_reduce(sums, group=self._group)
+        with arriving(self._ranks):
+            torch.distributed.all_reduce(sums, group=self._group)
         check_alike(float(sums[-1]), float(alike), self._ranks)
         return sums[:-1]
 
