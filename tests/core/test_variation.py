@@ -49,9 +49,11 @@ def rows(last):
 
 
 def test_the_printed_hops_and_bytes_are_those_of_rings_and_trees():
-    for replicas, ring, sent, tree, time in rows("time in a tree"):
+    for replicas, ring, sent, with_microbatches, tree, time in rows("time in a tree"):
         assert ring == 2 * (replicas - 1)
         assert sent == pytest.approx(2 * 64 * (replicas - 1) / replicas, abs=0.005)
+        both = 2 * (64 + 8 * 1024) * (replicas - 1) / replicas
+        assert with_microbatches == pytest.approx(both, abs=0.005)
         assert tree == 2 * math.ceil(math.log2(replicas))
         assert time == 5 * tree
 

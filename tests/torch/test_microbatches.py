@@ -207,9 +207,12 @@ def test_a_sum_over_ranks_of_losses_over_all_examples(two, is_reduced_once):
         assert_same([[statistics], one], [[other], gradient], 1e-10)
 
 
-@pytest.mark.parametrize("engine", ["ddp", "fsdp by layers"])
-def test_a_norm_over_ranks(two, engine):
-    for trace in two.all(by_an_engine, engine, True, "mean", True):
+@pytest.mark.parametrize(
+    ("engine", "reduction"),
+    [("ddp", "mean"), ("fsdp by layers", "mean"), ("fsdp by layers", "sum")],
+)
+def test_a_norm_over_ranks(two, engine, reduction):
+    for trace in two.all(by_an_engine, engine, True, reduction, True):
         assert trace == pytest.approx(expected(2 * K)[0].variance_trace)
 
 
