@@ -24,6 +24,7 @@ from cabs.values.scalars import as_integer
 from cabs_torch.errors import describe_some
 from cabs_torch.errors import uncovered as uncovered_error
 from cabs_torch.graph.autograd_nodes import Node, is_leaf
+from cabs_torch.graph.collectives import functions_watched
 from cabs_torch.measure import Measurement
 from cabs_torch.norms import reductions
 from cabs_torch.norms.arrays import Elementwise, TorchArrays
@@ -37,6 +38,7 @@ from cabs_torch.ranks.process_groups import (
     check_whole,
     group_of,
     is_distributed,
+    ranks,
     size_of,
     unreduced,
     weighed,
@@ -209,6 +211,9 @@ def backward(
         assert last is not None
         see = last.register_prehook(lambda given: share.append(given[losses.output_nr][0]))
         hooks.callback(see.remove)
+        if examples == 1 and ranks() > 1:
+            # Nothing was tried out, as other ranks do who have more.
+            hooks.enter_context(functions_watched())
         hooks.enter_context(measurement)
         if engine is not None and (asked := found.get(id(engine.parameter))) is not None:
             hooks.callback(asked.register_prehook(engine.see).remove)

@@ -6,7 +6,7 @@ names the parameter and the operation; nothing is changed, and no gradient is co
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Container, Iterator, Mapping, Sequence
 from typing import Literal, NamedTuple
 
@@ -14,17 +14,18 @@ from torch import Tensor
 
 from cabs.gradients.errors import UncoveredParameterError
 from cabs.gradients.layout import Layout, MixedError
-from cabs_torch.errors import HiddenError, UnknownError, between_ranks, uncovered
+from cabs_torch.errors import HiddenError, UnknownError, uncovered
 from cabs_torch.graph.autograd_nodes import (
     Edge,
     Node,
-    is_collective,
+    behind,
     is_leaf,
     is_measurable,
     is_sink,
     name_of,
     shape_of,
 )
+from cabs_torch.graph.collectives import look_behind
 from cabs_torch.graph.reentrant_checkpoints import is_reentrant_checkpoint, run_again
 from cabs_torch.ranks.process_groups import is_distributed
 from cabs_torch.rules.batch_axis import ELEMENTWISE, LOOKING
@@ -290,9 +291,8 @@ def behind_one(losses: Tensor, wanted: Container[int] | None = None) -> Found:
         UncoveredParameterError: If a gradient of the pass is not that of this example.
     """
     found = Found()
-    for node in _behind(losses.grad_fn):
-        if is_collective(node):
-            raise between_ranks(node.name())
+    look_behind(losses.grad_fn)
+    for node in behind(losses.grad_fn):
         if is_reentrant_checkpoint(node):
             raise _error(
                 node,
@@ -346,23 +346,4 @@ def _why(node: Node, problem: str) -> str:
 
 def leaves_behind(node: Node) -> Iterator[Node]:
     """Yield the parameters, and checkpoints, that a node depends on, the nearest first."""
-    return (one for one in _behind(node) if is_leaf(one) or is_reentrant_checkpoint(one))
-
-
-def check_computed_alone(node: Node) -> None:
-    """Raise UncoveredParameterError if what a node depends on has been on other ranks."""
-    for one in _behind(node):
-        if is_collective(one):
-            raise between_ranks(one.name())
-
-
-def _behind(node: Node) -> Iterator[Node]:
-    """Yield a node and those that it depends on, the nearest first."""
-    seen, waiting = {node}, deque([node])
-    while waiting:
-        node = waiting.popleft()
-        yield node
-        for child, _ in node.next_functions:
-            if child is not None and child not in seen:
-                seen.add(child)
-                waiting.append(child)
+    return (one for one in behind(node) if is_leaf(one) or is_reentrant_checkpoint(one))

@@ -9,6 +9,7 @@ import torch.distributed as dist
 import torch.distributed._functional_collectives as functional
 import torch.distributed.nn.functional as differentiable
 from torch import nn
+from torch.autograd.function import BackwardCFunction
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate
@@ -17,8 +18,8 @@ from torch.nn.modules._functions import SyncBatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 import cabs_torch
-from cabs_torch.graph.autograd_nodes import is_collective
-from tests.torch.engines import M, losses_of, network
+from cabs_torch.graph.collectives import is_collective
+from tests.torch.engines import ENGINES, M, losses_of, network, unreduced
 
 
 def of_tensor_parallelism(how):
@@ -93,26 +94,130 @@ def by_differentiable_ones(keys):
     return torch.cat(differentiable.all_gather(keys))
 
 
-def of_context_parallelism(gather, how):
+class Gathered(torch.autograd.Function):
+    """A gather as trainers write it themselves."""
+
+    @staticmethod
+    def forward(_, keys):
+        parts = [torch.empty_like(keys) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, keys)
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(_, cotangent):
+        summed = cotangent.contiguous()
+        dist.all_reduce(summed)
+        return summed.chunk(dist.get_world_size())[dist.get_rank()]
+
+
+class Exchanged(torch.autograd.Function):
+    """A ring of two ranks."""
+
+    @staticmethod
+    def forward(_, keys):
+        return torch.cat([keys, Exchanged.sent(keys)])
+
+    @staticmethod
+    def backward(_, cotangent):
+        own, other = cotangent.chunk(2)
+        return own + Exchanged.sent(other.contiguous())
+
+    @staticmethod
+    def sent(mine):
+        peer, theirs = 1 - dist.get_rank(), torch.empty_like(mine)
+        both = dist.P2POp(dist.isend, mine, peer), dist.P2POp(dist.irecv, theirs, peer)
+        for work in dist.batch_isend_irecv(list(both)):
+            work.wait()
+        return theirs
+
+
+GATHERS = [by_functional_collectives, by_differentiable_ones, Gathered.apply, Exchanged.apply]
+NAMES = ["functional", "differentiable", "own", "ring"]
+
+
+def of_context_parallelism(number, how):
     generator = torch.Generator().manual_seed(1)
     whole = torch.randn(6, 8, 5, generator=generator, dtype=torch.float64)
     # Gradients that an engine averages look as those of ranks that compute alone do.
-    model = DistributedDataParallel(Attention(gather))
-    losses = model(whole.chunk(2, dim=1)[dist.get_rank()]).square().mean(dim=(1, 2))
+    model = DistributedDataParallel(Attention(GATHERS[number]))
+    mine = whole.chunk(2, dim=1)[dist.get_rank()]
+    if how == "one":
+        # Nothing is tried out where there is a single example.
+        losses = model(mine[:1]).square().mean(dim=(1, 2))
+        return cabs_torch.backward(losses, batch_size=2).read()
+    losses = model(mine).square().mean(dim=(1, 2))
     if how == "Accumulation":
         accumulation = cabs_torch.Accumulation(model, batch_size=12)
         return accumulation.backward(losses.mean(), examples=6)
     return cabs_torch.backward(losses, **how).read()
 
 
-@pytest.mark.parametrize("gather", [by_functional_collectives, by_differentiable_ones])
+@pytest.mark.parametrize("number", range(len(GATHERS)), ids=NAMES)
 @pytest.mark.parametrize(
-    "how", [{}, {"process_group": False}, {"uncovered": "microbatches"}, "Accumulation"]
+    "how",
+    [
+        {},
+        {"process_group": False},
+        {"uncovered": "microbatches"},
+        *("Accumulation", "one"),
+    ],
 )
-def test_numbers_that_pass_from_rank_to_rank_are_an_error(two, gather, how):
-    for said in two.run(of_context_parallelism, gather, how):
-        assert "UncoveredParameterError" in said, said
+def test_numbers_that_pass_from_rank_to_rank_are_an_error(two, number, how):
+    for said in two.run(of_context_parallelism, number, how):
+        assert said.startswith("UncoveredParameterError: "), said
         assert "passes numbers from rank to rank, as context and expert parallelism do" in said
+
+
+class Doubled(torch.autograd.Function):
+    @staticmethod
+    def forward(_, inputs):
+        return 2.0 * inputs
+
+    @staticmethod
+    def backward(_, cotangent):
+        return 2.0 * cotangent
+
+
+class WithAFunction(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = network()
+
+    def forward(self, inputs):
+        return Doubled.apply(self.inner(inputs))
+
+
+APPLY = BackwardCFunction.apply
+
+
+def of_a_function_that_sends_nothing(engine):
+    """Return what is measured of the same groups in two ways, where an engine sends much."""
+    model = ENGINES[engine](WithAFunction())
+    pieces = torch.arange(M).tensor_split(4)[dist.get_rank() :: 2]
+    with cabs_torch.Microbatches(model, batch_size=M) as groups:
+        for number, piece in enumerate(pieces):
+            with unreduced(model, is_last=number == 1):
+                (losses_of(model, piece).mean() / 2).backward()
+    found = [groups.complete().read()]
+    model.zero_grad()
+    groups = cabs_torch.Accumulation(model, batch_size=M)
+    for number, piece in enumerate(pieces):
+        with unreduced(model, is_last=number == 1):
+            groups.backward(losses_of(model, piece).mean(), examples=M // 4)
+    found.append(groups.complete().read())
+    assert BackwardCFunction.apply is APPLY
+    return [one.variance_trace for one in found]
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp"])
+def test_functions_that_send_nothing_are_measured(two, engine):
+    model = WithAFunction()
+    accumulation = cabs_torch.Accumulation(model, batch_size=M)
+    for piece in torch.arange(M).tensor_split(4):
+        accumulation.backward(losses_of(model, piece).mean(), examples=M // 4)
+    expected = accumulation.complete().read().variance_trace
+    for found in two.all(of_a_function_that_sends_nothing, engine):
+        assert found == pytest.approx([expected] * 2)
 
 
 def test_normalization_over_ranks_passes_numbers_from_rank_to_rank():

@@ -7,6 +7,7 @@ changing anything; a value that can be unpacked only once can still be unpacked 
 from __future__ import annotations
 
 import re
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -14,7 +15,6 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.nn.modules._functions import SyncBatchNorm
 from torch.nn.parallel.distributed import _DDPSink
 from torch.utils.checkpoint import _Holder
 
@@ -66,12 +66,16 @@ def is_sink(node: Node) -> bool:
     )
 
 
-def is_collective(node: Node) -> bool:
-    """Return whether a node passes numbers from rank to rank."""
-    function = getattr(node, "_forward_cls", None)
-    maker = getattr(function, "__module__", "")
-    is_own = function is SyncBatchNorm or maker == "torch.distributed.nn.functional"
-    return is_own or "_c10d_functional_" in node.name()
+def behind(node: Node) -> Iterator[Node]:
+    """Yield a node and those that it depends on, the nearest first."""
+    seen, waiting = {node}, deque([node])
+    while waiting:
+        node = waiting.popleft()
+        yield node
+        for child, _ in node.next_functions:
+            if child is not None and child not in seen:
+                seen.add(child)
+                waiting.append(child)
 
 
 def is_measurable(edge: Edge) -> bool:

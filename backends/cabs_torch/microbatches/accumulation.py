@@ -20,6 +20,7 @@ from torch.autograd.graph import get_gradient_edge
 from cabs.gradients import PartialStatistics
 from cabs.values.scalars import as_integer
 from cabs_torch.errors import describe
+from cabs_torch.graph.collectives import alone
 from cabs_torch.graph.reentrant_checkpoints import is_reentrant_checkpoint
 from cabs_torch.microbatches.passes import Passes
 from cabs_torch.norms import reductions
@@ -27,7 +28,7 @@ from cabs_torch.norms.sums import SquareSums
 from cabs_torch.ranks.engines import Engine
 from cabs_torch.ranks.process_groups import ranks, size_of, unreduced
 from cabs_torch.statistics import BatchStatistics
-from cabs_torch.walk import check_computed_alone, leaves_behind
+from cabs_torch.walk import leaves_behind
 
 
 class Accumulation(Passes):
@@ -98,7 +99,8 @@ class Accumulation(Passes):
             scaler: A ``torch.amp.GradScaler``, which scales the loss before the backward pass.
 
         Raises:
-            UncoveredParameterError: If the loss was computed with numbers of other ranks.
+            UncoveredParameterError: If the loss was computed with numbers of other ranks, as far as
+                its graph and backward pass show.
             TypeError: If ``loss`` is no tensor.
             ValueError: If it is not 0-d, has no graph, or one that none of the parameters is in, or
                 there are more examples than the batch has.
@@ -128,10 +130,12 @@ class Accumulation(Passes):
         self._scale = 1.0 if scaler is None else scaler.scale(torch.ones_like(loss)).double()
         self._weight = examples / (share * self._scale) ** 2
         squares, seen = SquareSums(), set[int]()
-        if ranks() > 1:
-            check_computed_alone(get_gradient_edge(loss).node)
-        with self._watched(partial(self._see, squares, seen)) as nodes:
-            known, leaves = set(nodes), leaves_behind(get_gradient_edge(loss).node)
+        root = get_gradient_edge(loss).node
+        with (
+            alone(root) if ranks() > 1 else nullcontext(),
+            self._watched(partial(self._see, squares, seen)) as nodes,
+        ):
+            known, leaves = set(nodes), leaves_behind(root)
             if not any(leaf in known or is_reentrant_checkpoint(leaf) for leaf in leaves):
                 raise ValueError(
                     "loss must depend on the parameters that are accumulated, got one with none of "
@@ -139,8 +143,8 @@ class Accumulation(Passes):
                     "fully_shard the module"
                 )
             self._is_broken = True
-            alone = self._group is None
-            with unreduced(self._parameters, self._held_by) if alone else nullcontext():
+            is_own = self._group is None
+            with unreduced(self._parameters, self._held_by) if is_own else nullcontext():
                 scaled.backward()
         self._is_broken = False
         self._seen |= seen

@@ -10,25 +10,28 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from cabs.gradients.errors import UncoveredParameterError
 from cabs.gradients.layout import Layout, MixedError, Shape
 from cabs.gradients.terms import Materialized, Term
-from cabs_torch.errors import HiddenError, between_ranks
+from cabs_torch.errors import HiddenError
 from cabs_torch.graph.autograd_nodes import (
     Node,
     call,
-    is_collective,
     is_own_function,
     is_packed,
     shape_of,
     zeros_for,
 )
+from cabs_torch.graph.collectives import Sent, is_collective, refuse
 from cabs_torch.norms import reductions
-from cabs_torch.ranks.process_groups import is_distributed
+from cabs_torch.ranks.process_groups import is_distributed, ranks
 from cabs_torch.rules.broadcast import ParameterInput
 from cabs_torch.rules.layout import only
 
@@ -37,13 +40,14 @@ def check(node: Node) -> None:
     """Raise if a node cannot be called apart from the backward pass.
 
     Raises:
-        UncoveredParameterError: If it passes numbers from rank to rank.
+        UncoveredParameterError: If it passes numbers from rank to rank, as far as its backward pass
+            shows.
         MixedError: If it is that of a compiled function, which overwrites what it saved, or of a
             function that does so.
         HiddenError: If it runs a backward pass of its own.
     """
     if is_collective(node):
-        raise between_ranks(node.name())
+        refuse(node)
     if node.name() == "CompiledFunctionBackward":
         raise MixedError("is a compiled function; compile the step with cabs_torch.compile")
     if not is_own_function(node) or is_packed(node):
@@ -52,8 +56,9 @@ def check(node: Node) -> None:
     kept = dict(attributes)
     before = [(one, one.detach().clone(), one._version) for one in _tensors(kept)]
     try:
-        call(node, zeros_for(node))
-    except (HiddenError, MixedError):
+        with Sent(partial(refuse, node)) if ranks() > 1 else nullcontext():
+            call(node, zeros_for(node))
+    except (HiddenError, MixedError, UncoveredParameterError):
         raise
     except Exception as error:
         kind = type(error).__name__
