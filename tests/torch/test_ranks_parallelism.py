@@ -141,6 +141,10 @@ def of_context_parallelism(number, how):
     # Gradients that an engine averages look as those of ranks that compute alone do.
     model = DistributedDataParallel(Attention(GATHERS[number]))
     mine = whole.chunk(2, dim=1)[dist.get_rank()]
+    if how == "Microbatches":
+        with cabs_torch.Microbatches(model, batch_size=12) as groups:
+            model(mine).square().mean().backward()
+        return groups.complete().read()
     if how == "one":
         # Nothing is tried out where there is a single example.
         losses = model(mine[:1]).square().mean(dim=(1, 2))
@@ -159,12 +163,13 @@ def of_context_parallelism(number, how):
         {},
         {"process_group": False},
         {"uncovered": "microbatches"},
-        *("Accumulation", "one"),
+        *("Accumulation", "Microbatches", "one"),
     ],
 )
 def test_numbers_that_pass_from_rank_to_rank_are_an_error(two, number, how):
     for said in two.run(of_context_parallelism, number, how):
-        assert said.startswith("UncoveredParameterError: "), said
+        kind = "RuntimeError" if how == "Microbatches" else "UncoveredParameterError"
+        assert said.startswith(f"{kind}: "), said
         assert "passes numbers from rank to rank, as context and expert parallelism do" in said
 
 
@@ -187,7 +192,7 @@ class WithAFunction(nn.Module):
         return Doubled.apply(self.inner(inputs))
 
 
-APPLY = BackwardCFunction.apply
+APPLY, BACKWARD = BackwardCFunction.apply, torch.autograd.backward
 
 
 def of_a_function_that_sends_nothing(engine):
@@ -206,6 +211,7 @@ def of_a_function_that_sends_nothing(engine):
             groups.backward(losses_of(model, piece).mean(), examples=M // 4)
     found.append(groups.complete().read())
     assert BackwardCFunction.apply is APPLY
+    assert torch.autograd.backward is BACKWARD
     return [one.variance_trace for one in found]
 
 

@@ -12,7 +12,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch.autograd.function import BackwardCFunction
+from torch.autograd.graph import get_gradient_edge
 from torch.nn.modules._functions import SyncBatchNorm
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -95,3 +97,22 @@ def functions_watched(see: Callable[[Node], None] = refuse) -> Iterator[None]:
         yield
     finally:
         function.apply = run
+
+
+@contextmanager
+def roots_watched(see: Callable[[Node], None]) -> Iterator[None]:
+    """Have a function called with each node that a backward pass is about to begin at."""
+    run: Any = torch.autograd.backward
+
+    def backward(tensors: Any, *options: Any, **named: Any) -> None:
+        given = [tensors] if isinstance(tensors, torch.Tensor) else list(tensors)
+        for one in given:
+            if isinstance(one, torch.Tensor) and one.requires_grad:
+                see(get_gradient_edge(one).node)
+        run(given, *options, **named)
+
+    torch.autograd.backward = backward
+    try:
+        yield
+    finally:
+        torch.autograd.backward = run

@@ -9,18 +9,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import ExitStack
+from functools import partial
 from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor
 
 from cabs.values.scalars import as_integer
-from cabs_torch.errors import describe, describe_some
+from cabs_torch.errors import between_ranks, describe, describe_some
+from cabs_torch.graph.collectives import functions_watched, look_behind, roots_watched
 from cabs_torch.microbatches.passes import Passes
 from cabs_torch.norms import reductions
 from cabs_torch.norms.sums import SquareSums
 from cabs_torch.ranks.engines import Smallest
-from cabs_torch.ranks.process_groups import size_of
+from cabs_torch.ranks.process_groups import ranks, size_of
 from cabs_torch.statistics import BatchStatistics
 
 # Larger than what engines lose that send gradients in half precision.
@@ -105,6 +107,7 @@ class Microbatches(Passes):
         self._seen: set[int] = set()
         self._problem = ""
         self._hooks: ExitStack | None = None
+        self._looking = ExitStack()
         self._is_complete = False
 
     def __enter__(self) -> Self:
@@ -112,12 +115,19 @@ class Microbatches(Passes):
             raise RuntimeError("this was entered before; make a new cabs_torch.Microbatches a step")
         self._hooks = ExitStack()
         self._hooks.enter_context(self._watched(self._see))
+        if ranks() > 1:
+            self._looking.enter_context(functions_watched(self._refuse))
+            self._looking.enter_context(roots_watched(partial(look_behind, see=self._refuse)))
         return self
 
     def __exit__(self, *_: object) -> None:
         assert self._hooks is not None
+        self._looking.close()
         self._hooks.close()
         self._hooks = None
+
+    def _refuse(self, node: Any) -> None:
+        self._problem = self._problem or str(between_ranks(node.name()))
 
     def _see(self, parameter: Tensor, gradients: tuple[Tensor | None, ...]) -> None:
         if gradients[0] is None or self._problem:
@@ -139,6 +149,8 @@ class Microbatches(Passes):
             # At once, so that no gradient is held while it is added to.
             self._sums.append(self._summed(self._squares))
             if len(self._sums) == 1:
+                # What a pass sends, it sends in each.
+                self._looking.close()
                 self._was = self._summed(self._before).sum()
             self._squares, self._before, self._seen = SquareSums(), SquareSums(), set()
 
@@ -168,10 +180,11 @@ class Microbatches(Passes):
         Raises:
             RuntimeError: If this is called inside of the ``with`` block, or again; if no backward
                 pass was seen, or one alone and one rank, or not ``microbatches`` of them; if a pass
-                gave a parameter no gradient, or several; if ``batch_size`` is no multiple of K R;
-                if ``.grad`` was not zero before, or is not what the passes gave: something else has
-                added to it, it was clipped, or the engine does another reduction. Over ranks, what
-                only one of them can know is raised there when the statistics are read.
+                gave a parameter no gradient, or several; if the first one passes numbers from rank
+                to rank; if ``batch_size`` is no multiple of K R; if ``.grad`` was not zero before,
+                or is not what the passes gave: something else has added to it, it was clipped, or
+                the engine does another reduction. Over ranks, what only one of them can know is
+                raised there when the statistics are read.
             ValueError: If there is a ``norm`` for several groups of parameters.
         """
         if self._hooks is not None:
