@@ -256,13 +256,13 @@ def backward(
             in_metric=metric is not None,
             measured=measured,
         )
-    engine.check()
+    batch = batch_of(examples, batch_size, group)
+    engine.check(examples, batch)
     # Those that this rank's losses do not depend on too: others' may.
     given = trained if wanted is None else wanted.parameters
     left_out = walk.refused.keys() - found.keys()
     gradient = MeanGradient([one for one in given if id(one) not in left_out], group, found)
     norms, alike = gradient.squares(number_of, kept.count, device, weights)
-    batch = batch_of(examples, batch_size, group)
     brought = Share(
         examples,
         batch,

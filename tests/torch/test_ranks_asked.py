@@ -15,8 +15,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 import cabs_torch
 from cabs_torch.ranks.share import Share
-from tests.torch.engines import M, batch, losses_of, network, share
+from tests.torch.engines import ENGINES, M, batch, losses_of, network, share, unreduced
 from tests.torch.models import cross_entropy
+from tests.torch.test_microbatches import add_up
 from tests.torch.test_ranks_statistics import Branches
 
 
@@ -118,6 +119,38 @@ def test_gradients_that_are_zero_at_first_are_asked_about_again(two):
     for first, second in two.all(added_up_behind_zeros):
         assert first == str(M)
         assert "has the sum of the gradients of 2 ranks" in second
+
+
+def in_microbatches(engine, is_sum, each):
+    """Return what is said of each step whose last microbatch, or each, is reduced."""
+    model = ENGINES[engine](network())
+    if is_sum:
+        add_up(model)
+    pieces, said = torch.arange(M).tensor_split(4)[dist.get_rank() :: 2], []
+    for _ in range(2):
+        model.zero_grad()
+        parts = []
+        try:
+            for number, piece in enumerate(pieces):
+                with unreduced(model, is_last=number == 1 or each):
+                    parts.append(cabs_torch.backward(losses_of(model, piece), batch_size=M))
+        except ValueError as error:
+            return str(error)
+        norm_squared = cabs_torch.gradient_norm_squared(model.parameters())
+        whole = sum(one.partial for one in parts).complete(gradient_norm_squared=norm_squared)
+        said.append(whole.read().variance_trace)
+    return said
+
+
+@pytest.mark.parametrize("each", [False, True])
+def test_an_engine_that_adds_up_is_asked_in_each_microbatch_of_a_first_step(two, each):
+    model = network()
+    expected = cabs_torch.backward(losses_of(model, range(M))).read().variance_trace
+    for engine in ("ddp", "fsdp by layers"):
+        for said in two.all(in_microbatches, engine, False, each):
+            assert said == pytest.approx([expected] * 2)
+    for said in two.run(in_microbatches, "fsdp by layers", True, each):
+        assert "has the sum of the gradients of 2 ranks" in said
 
 
 def with_gradients_on_one_rank():

@@ -15,6 +15,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -31,8 +32,8 @@ _known: dict[int, weakref.ref[Any]] = {}
 # The parameters that were looked for.
 _sought: dict[int, weakref.ref[Tensor]] = {}
 
-# How often parameters' engines were asked what they do; the first answer is that of all steps.
-_asked: dict[int, tuple[weakref.ref[Tensor], int]] = {}
+# What parameters' engines have said that they do; the first answer is that of all steps.
+_asked: dict[int, tuple[weakref.ref[Tensor], _Answer]] = {}
 
 # As often as gradients that are 0, or overflow, may leave them without an answer.
 _ANSWERED = 16
@@ -300,23 +301,30 @@ class Smallest:
 
     def compared(self) -> tuple[Tensor, Tensor | None]:
         """Return what all ranks' passes gave together, and what arrived; first elements of both."""
-        summed = self._local.clone()
+        return self._summed(), self._arrived()
+
+    def _summed(self, *others: Tensor) -> Tensor:
+        """Return the sum over ranks of what passes gave, and of others, one after another."""
+        summed = torch.cat([self._local, *others])
         if self._group is not None:
             with arriving(torch.distributed.get_world_size(self._group)):
                 torch.distributed.all_reduce(summed, group=self._group)
+        return summed
+
+    def _arrived(self) -> Tensor | None:
         arrived = arrived_for(self.parameter)
         if arrived is None:
-            return summed, None
-        return summed, _first(arrived.full_tensor() if is_distributed(arrived) else arrived)
+            return None
+        return _first(arrived.full_tensor() if is_distributed(arrived) else arrived)
 
 
 class Engine(Smallest):
     """What averages the gradients of a pass over ranks, made before it.
 
-    In a first step it is asked: the gradient of one parameter, the smallest, is summed over ranks
-    and compared with what arrives. That is a collective that later steps do not have. All ranks
-    have to ask at once, so they give the same parameters in the same order, or share some of those
-    that they were asked about before.
+    In the passes of a first step it is asked: the gradient of one parameter, the smallest, is
+    summed over ranks and compared with what arrives. That is a collective that later steps do not
+    have. All ranks have to ask at once, so they give the same parameters in the same order, or
+    share some of those that they were asked about before.
     """
 
     def __init__(self, parameters: Iterable[Tensor], group: Any) -> None:
@@ -340,19 +348,32 @@ class Engine(Smallest):
         if not self._is_asked:
             super().see(gradients)
 
-    def check(self) -> None:
+    def check(self, examples: int = 0, batch: int = 0) -> None:
         """Raise ValueError on every rank if the engine does not take the mean.
 
         Warn where all ranks have made the same gradient.
+
+        Args:
+            examples: How many this rank had in the pass, of a microbatch perhaps.
+            batch: How many all ranks have in all microbatches.
         """
         if self._is_asked:
             return
         self._is_asked = True
-        summed, arrived = self.compared()
-        size = float(summed.norm())
-        # Of a sum that is the same on all ranks, so that all ask again or none.
-        _note(self._held, is_answered=0.0 < size < math.inf)
-        ranks = torch.distributed.get_world_size(self._group)
+        answer = _answer_of(self._held)
+        # The last microbatch may be the first to be reduced, together with those before.
+        self._local = answer.local = self._local + answer.local
+        nothing = torch.zeros_like(self._local)
+        arrived = self._arrived()
+        counts = self._local.new_tensor([examples, batch])
+        found = self._summed(nothing if arrived is None else arrived, counts)
+        summed, arrived, counts = found.split([_ELEMENTS, _ELEMENTS, len(counts)])
+        size, ranks = float(summed.norm()), torch.distributed.get_world_size(self._group)
+        answer.examples += int(counts[0])
+        # Of sums that are the same on all ranks, so that all ask again or none.
+        if answer.examples >= int(counts[1]) // ranks:
+            answer.times = _ANSWERED if 0.0 < size < math.inf else answer.times + 1
+            answer.examples, answer.local = 0, 0.0
         is_alike = float((summed - ranks * self._local).norm()) <= _SAME * size
         if is_alike and ranks > 1 and size > 0.0:
             warnings.warn(
@@ -362,10 +383,8 @@ class Engine(Smallest):
                 RuntimeWarning,
                 stacklevel=3,
             )
-        if arrived is None:
-            return
         # What is neither sum nor mean was not reduced, which the squares tell in every step.
-        if float((arrived - summed).norm()) < 0.01 * size:
+        if float((arrived - ranks * summed).norm()) < 0.01 * ranks * size:
             raise ValueError(
                 f"{describe(self.parameter)}, has the sum of the gradients of {ranks} ranks, where "
                 "their mean was expected: let the engine average gradients, as "
@@ -374,20 +393,35 @@ class Engine(Smallest):
             )
 
 
+@dataclass(slots=True)
+class _Answer:
+    """What is known of that which averages some parameters' gradients."""
+
+    times: int = 0
+    """How often it was asked; all times if it has answered."""
+    examples: int = 0
+    """How many the microbatches of all ranks had, since it was asked about a whole batch."""
+    local: Tensor | float = 0.0
+    """What they gave on this rank."""
+
+
 def has_answered(parameters: Iterable[Tensor]) -> bool:
     """Return whether what averages some of the parameters' gradients has said what it does."""
-    return any(_times_asked(one) >= _ANSWERED for one in parameters)
+    return any(one.times >= _ANSWERED for one in _answers(parameters))
 
 
-def _times_asked(parameter: Tensor) -> int:
-    known, times = _asked.get(id(parameter), (None, 0))
-    return times if known is not None and known() is parameter else 0
-
-
-def _note(parameters: Iterable[Tensor], *, is_answered: bool) -> None:
+def _answers(parameters: Iterable[Tensor]) -> Iterator[_Answer]:
     for one in parameters:
-        times = _ANSWERED if is_answered else _times_asked(one) + 1
-        _asked[id(one)] = (weakref.ref(one), times)
+        known, answer = _asked.get(id(one), (None, None))
+        if known is not None and answer is not None and known() is one:
+            yield answer
+
+
+def _answer_of(parameters: Sequence[Tensor]) -> _Answer:
+    """Return what is known, the same from now on for all of the parameters."""
+    answer = max(_answers(parameters), key=lambda one: one.times, default=_Answer())
+    _asked.update((id(one), (weakref.ref(one), answer)) for one in parameters)
+    return answer
 
 
 def _first(gradient: Tensor) -> Tensor:
