@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from cabs_torch import tracing
 from cabs_torch.backward import backward
 from cabs_torch.errors import describe
 from cabs_torch.graph.autograd_nodes import is_leaf
-from cabs_torch.norms import reductions
 from cabs_torch.options import as_groups
 from cabs_torch.ranks.process_groups import check_is_local, check_is_own
 from cabs_torch.statistics import BatchStatistics
@@ -134,7 +134,7 @@ class CompiledStep:
         # Tracing runs the step once, which is not to be seen in random numbers and buffers.
         values = [one.detach() for one in trained.values()]
         constants = [one.detach().clone() for one in others.values()]
-        with torch.random.fork_rng(), reductions.traced(), torch.enable_grad():
+        with torch.random.fork_rng(), tracing.traced(), torch.enable_grad():
             graph = make_fx(step)(values, constants, batch)
         compiled: Callable[..., Any] = torch.compile(graph, **self._compiler)
         return compiled

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from cabs.gradients.terms import Formed, Materialized
+from cabs_torch import tracing
 from cabs_torch.graph.autograd_nodes import Edge, Node, is_leaf, saved, shape_of
 from cabs_torch.graph.reentrant_checkpoints import watched
 from cabs_torch.norms import reductions
@@ -107,7 +108,7 @@ class Measurement:
         self._kinds = {leaf.variable.device.type for leaf in self._leaves}
         is_wide = torch.get_float32_matmul_precision() == "highest"
         self._is_exact = is_wide and not any(map(torch.is_autocast_enabled, self._kinds))
-        is_seen = self._elementwise is not None or reductions.is_traced()
+        is_seen = self._elementwise is not None or tracing.is_traced()
         is_seen = is_seen or is_reduced_over_ranks()
         with ExitStack() as hooks:
             hooks.callback(self._forget)

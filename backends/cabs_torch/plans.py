@@ -18,10 +18,10 @@ from torch.autograd.function import BackwardCFunction
 
 from cabs.gradients.layout import Layout
 from cabs_torch.graph.autograd_nodes import Node, are_at_hand, is_leaf, name_of, shape_of
-from cabs_torch.norms.reductions import is_traced
 from cabs_torch.rules.broadcast import ParameterInput
 from cabs_torch.rules.parameter_paths import Source
 from cabs_torch.rules.registered import registered
+from cabs_torch.tracing import is_traced
 from cabs_torch.walk import Found, Meeting, Walk
 
 # How many plans are kept: some sizes of the batch, for some models.

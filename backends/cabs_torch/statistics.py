@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from cabs import GradientStatistics
-from cabs_torch.norms import reductions
+from cabs_torch import tracing
 from cabs_torch.norms.sums import SquareSums
 from cabs_torch.options import as_groups, parameter_lists
 from cabs_torch.ranks.engines import MeanGradient, as_used
@@ -43,7 +43,7 @@ class BatchStatistics(GradientStatistics):
     _copy: Any = field(init=False, repr=False, compare=False, default=None)
 
     def __post_init__(self) -> None:
-        if not reductions.is_traced():
+        if not tracing.is_traced():
             # super() does not know the class that slots=True makes.
             GradientStatistics.__post_init__(self)
         given = [

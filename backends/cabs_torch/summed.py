@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
+from cabs_torch import tracing
 from cabs_torch.graph.autograd_nodes import Node, is_leaf, name_of
-from cabs_torch.norms import reductions
 from cabs_torch.norms.arrays import TorchArrays
 from cabs_torch.rules.batch_axis import PERMUTING
 from cabs_torch.walk import Found, Meeting
@@ -38,7 +38,7 @@ class Summed:
 
 def choose(losses: Tensor, walk: Found, arrays: TorchArrays) -> Summed:
     """Return the parameters whose gradients are summed from those of the examples."""
-    if walk.checkpoints or reductions.is_traced() or is_reduced_over_ranks():
+    if walk.checkpoints or tracing.is_traced() or is_reduced_over_ranks():
         return Summed()
     worthwhile = {
         id(meeting)

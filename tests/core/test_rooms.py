@@ -20,13 +20,14 @@ CORE = {
 ADAPTER = {
     "errors": set(),
     "graph": {"errors"},
-    "norms": set(),
-    "rules": {"errors", "graph", "norms", "ranks"},
+    "tracing": set(),
+    "norms": {"tracing"},
+    "rules": {"errors", "graph", "norms", "ranks", "tracing"},
     "data": set(),
     "ranks": {"errors", "norms"},
     # Of the walk, no more than which leaves are behind some losses.
     "microbatches": {
-        *("errors", "graph", "norms", "ranks"),
+        *("errors", "graph", "norms", "ranks", "tracing"),
         *("optimizers", "options", "statistics", "totals", "walk"),
     },
 }
@@ -76,6 +77,12 @@ def test_adapters_import_downwards_and_none_imports_another(adapter):
             inner = {f"{adapter}.{one}" for one in {room, *ADAPTER[room]}}
             core = FEEDING if room == "data" else MEASURING
             assert found <= inner | core, name
+
+
+@pytest.mark.parametrize("adapter", ["cabs_torch", "cabs_tensorflow"])
+def test_where_the_examples_lie_is_found_without_arithmetic(adapter):
+    (path,) = (path for name, path in sources(adapter) if name.endswith(".rules.batch_axis"))
+    assert f"{adapter}.norms" not in set(imported(path))
 
 
 def test_measuring_does_not_know_what_feeds():

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cabs_torch import tracing
 from cabs_torch.norms import reductions
 
 
@@ -149,7 +150,7 @@ class TorchArrays:
     def unless_cancelled(
         self, total: Tensor, bound: Tensor, limit: float, otherwise: Callable[[], Tensor]
     ) -> Tensor:
-        if not reductions.may_look(total.device):
+        if not tracing.may_look(total.device):
             return total.clamp_min(0.0)
         # Not a number compares false, and has.
         return total if bool(bound <= limit * total) else otherwise()
@@ -162,7 +163,7 @@ class TorchArrays:
     ) -> Tensor:
         # In pairs single precision is enough only if terms do not cancel, which has to be looked
         # at; on a GPU that would wait for the device.
-        return (in_pairs if reductions.may_look(operands[0].device) else materialized)(*operands)
+        return (in_pairs if tracing.may_look(operands[0].device) else materialized)(*operands)
 
 
 class Elementwise(TorchArrays):

@@ -21,6 +21,7 @@ from torch.nn.functional import pad
 from cabs.gradients.layout import Shape
 from cabs.gradients.outer_products import CANCELLING
 from cabs.gradients.terms import Formed
+from cabs_torch import tracing
 from cabs_torch.norms import reductions
 from cabs_torch.norms.arrays import TorchArrays
 
@@ -119,7 +120,7 @@ class Convolution:
         formed = math.prod(self.shape) * math.prod(self.cotangents.shape[3:])
         speed = _CONVOLVED if self._can_be_convolved() else 1.0
         is_cheaper = speed * math.prod(self._grid()) ** 2 * in_pairs < formed
-        return is_plain and is_cheaper and reductions.may_look(self.inputs.device)
+        return is_plain and is_cheaper and tracing.may_look(self.inputs.device)
 
     def _can_be_convolved(self) -> bool:
         """Return whether there is a fast convolution of single precision for it."""
@@ -130,7 +131,7 @@ class Convolution:
             and len(kernel) == 2
             and min(kernel) > 1
             and self.inputs.shape[1] == 1
-            and reductions.may_look(self.inputs.device)
+            and tracing.may_look(self.inputs.device)
             and self.inputs.dtype != torch.float64
             and torch.backends.mkldnn.is_available()
             and torch._C._get_mkldnn_enabled()

@@ -10,11 +10,11 @@ Every sum is a 0-d float64 tensor.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
 
 import torch
 from torch import Tensor
+
+from cabs_torch import tracing
 
 # Elements of the temporaries that a chunk of examples may need: 8 MiB in float32.
 _CHUNK = 2**21
@@ -38,32 +38,9 @@ _COPIED = 2**16
 _LAUNCHED = 2**18
 
 
-_is_traced: ContextVar[bool] = ContextVar("is_traced", default=False)
-
-
-@contextmanager
-def traced() -> Iterator[None]:
-    """Take all examples at once, and look at no values: what is computed here is compiled later."""
-    token = _is_traced.set(True)
-    try:
-        yield
-    finally:
-        _is_traced.reset(token)
-
-
-def is_traced() -> bool:
-    """Return whether what is computed is compiled later, so that there are no values yet."""
-    return _is_traced.get()
-
-
-def may_look(device: torch.device) -> bool:
-    """Return whether values are there to be looked at, without waiting for a device."""
-    return device.type == "cpu" and not is_traced()
-
-
 def parts(examples: int, needed: int, chunk: int | None) -> Iterator[slice]:
     """Yield slices of examples, of ``chunk``, or of as many as ``needed`` elements each allow."""
-    whole = examples if is_traced() else max(1, _CHUNK // max(needed, 1))
+    whole = examples if tracing.is_traced() else max(1, _CHUNK // max(needed, 1))
     size = chunk or whole
     for start in range(0, examples, size):
         yield slice(start, min(start + size, examples))
@@ -116,9 +93,9 @@ def is_small(tensor: Tensor) -> bool:
 
 def waiting(device: torch.device) -> int:
     """Return up to how many elements are copied to save a call."""
-    if is_traced():
+    if tracing.is_traced():
         return 0
-    return _COPIED if may_look(device) else _LAUNCHED
+    return _COPIED if tracing.may_look(device) else _LAUNCHED
 
 
 def chunks(elements: int) -> int:
@@ -128,7 +105,7 @@ def chunks(elements: int) -> int:
 
 def with_squares(total: Tensor | None, rows: Tensor) -> Tensor:
     """Return a total, (1, ...), with the rows' elementwise squares added, in its memory."""
-    if is_small(rows[:1]) or not may_look(rows.device):
+    if is_small(rows[:1]) or not tracing.may_look(rows.device):
         summed = rows.square().sum(dim=0, keepdim=True)
         return summed if total is None else total.add_(summed)
     # Without a temporary as large as the rows: four times as fast.

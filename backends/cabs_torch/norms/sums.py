@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cabs_torch import tracing
 from cabs_torch.norms import reductions
 
 
@@ -30,7 +31,7 @@ class SquareSums:
 
     def square(self, owner: Any, tensor: Tensor) -> None:
         """Add the squares of a tensor's elements; it can be sparse."""
-        if tensor.is_sparse or not reductions.is_small(tensor) or reductions.is_traced():
+        if tensor.is_sparse or not reductions.is_small(tensor) or tracing.is_traced():
             norms = reductions.partial_norms(tensor)
             self._norms.extend(([owner] * len(one), one) for one in norms)
         else:

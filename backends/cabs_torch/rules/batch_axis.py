@@ -15,7 +15,7 @@ import torch
 from cabs.gradients.layout import Layout, MixedError, Shape, along_examples
 from cabs_torch.errors import UnknownError
 from cabs_torch.graph.autograd_nodes import Node, axes, name_of, saved_axes, shape_of, signed
-from cabs_torch.norms.reductions import is_traced
+from cabs_torch.tracing import is_traced
 
 
 def of_input(node: Node, output: int, layout: Layout, index: int, shape: Shape) -> Layout | None:

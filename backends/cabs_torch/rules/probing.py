@@ -20,6 +20,7 @@ from torch import Tensor
 from cabs.gradients.errors import UncoveredParameterError
 from cabs.gradients.layout import Layout, MixedError, Shape
 from cabs.gradients.terms import Materialized, Term
+from cabs_torch import tracing
 from cabs_torch.errors import HiddenError
 from cabs_torch.graph.autograd_nodes import (
     Node,
@@ -30,7 +31,6 @@ from cabs_torch.graph.autograd_nodes import (
     zeros_for,
 )
 from cabs_torch.graph.collectives import Sent, is_collective, refuse
-from cabs_torch.norms import reductions
 from cabs_torch.ranks.process_groups import is_distributed, ranks
 from cabs_torch.rules.broadcast import ParameterInput
 from cabs_torch.rules.layout import only
@@ -95,7 +95,7 @@ def positions(node: Node, output: int, layout: Layout, index: int) -> Layout | N
     Raises:
         MixedError: If examples are mixed, or it cannot be told where they lie.
     """
-    if reductions.is_traced():
+    if tracing.is_traced():
         raise MixedError("has no rule, and cannot be tried out while it is traced")
     if is_packed(node):
         raise MixedError("has no rule, and cannot be tried out inside of a checkpoint")
