@@ -29,6 +29,7 @@ from cabs_jax.metric import metric_of, square_in
 from cabs_jax.norms import reductions
 from cabs_jax.rules import penalties, uses
 from cabs_jax.rules.plan import Leaf, Mode, plan_leaf, uses_of
+from cabs_jax.shares import Shares, axes_of, check_whole
 from cabs_jax.statistics import BatchStatistics, square_of
 from cabs_jax.taps import Taps
 
@@ -42,6 +43,7 @@ def value_and_grad(
     sample: int | None = None,
     metric: Callable[[Any], Any] | None = None,
     bitwise: bool = False,
+    axis_name: str | Sequence[str] | None = None,
 ) -> Callable[..., Any]:
     r"""Return a function that gives the mean loss, its gradient, and gradient statistics.
 
@@ -72,6 +74,10 @@ def value_and_grad(
         bitwise: Whether gradients are those of ``jax.value_and_grad`` to the bit, as far as XLA
             compiles the same way, and not to rounding: JAX then computes all of them itself, which
             takes up to half as long again.
+        axis_name: Inside ``shard_map``, along which axes of the mesh devices have examples of their
+            own, and parameters that are equal. Loss, statistics and gradients are then those of all
+            examples along them, the same on each device, however many of its own count, and
+            whether or not ``shard_map`` checks what varies.
 
     Returns:
         A function of the same arguments, but batches in place of examples, and of ``mask``: which
@@ -81,13 +87,14 @@ def value_and_grad(
         example shows no variance: its trace is ``nan``, and its ``partial`` is part of a whole.
         Examples that a mask leaves out are computed as copies of the first one that counts, so that
         nothing in them matters; in ``aux`` they are that one.
-        Inside ``shard_map`` all of it is this device's own, except that JAX adds up the gradients
-        of parameters that it knows to be the same on all devices; there ``partial`` is an error.
+        Inside ``shard_map`` without ``axis_name`` all of it is this device's own, except that JAX
+        adds up the gradients of parameters that it knows to be the same on all devices; there
+        ``partial`` is an error. ``aux`` is its own in any case.
 
     Raises:
         TypeError: If the loss is not a real number of shape ().
-        ValueError: If there is no example, leaves differ in their number, or examples are coupled
-            by a named axis.
+        ValueError: If there is no example, leaves differ in their number, examples are coupled
+            by a named axis, or axes are not those along which ``axis_name`` may be summed.
 
     Source:
         Balles, Romero, Hennig (arXiv 1612.05086), section 4.2, for the variance within a batch.
@@ -106,26 +113,29 @@ def value_and_grad(
 
     def measured(*args: Any, mask: Any = None) -> Any:
         positions = positions_of(argnums, len(args))
-        traced = Traced.of(loss_fn, read_arguments(args, positions, in_axes), has_aux)
+        own = read_arguments(args, positions, in_axes)
         mask = None if mask is None else jnp.asarray(mask)
+        axes = axes_of(axis_name, own, mask)
+        traced = Traced.of(loss_fn, own, has_aux, meshes.checked_axes() & {*axes})
+        check_whole(axes, traced)
         if metric is None and not bitwise:
             # Which function it is only tells how likely an equal trace is to come again.
             code = getattr(loss_fn, "__code__", None)
             options = (positions, single, sample, has_aux, code)
-            return call(partial(answer, positions), traced, mask, options)
-        return answer(positions, traced, mask)
+            return call(partial(answer, positions, axes), traced, mask, options)
+        return answer(positions, axes, traced, mask)
 
-    def answer(positions: tuple[int, ...], traced: Traced, mask: Any) -> Any:
+    def answer(positions: tuple[int, ...], axes: tuple[str, ...], traced: Traced, mask: Any) -> Any:
         of_leaves = metric
         if metric is not None and single:
             of_leaves = lambda given: (metric(given[0]),)  # noqa: E731
-        found = measure(traced, positions, sample, mask, of_leaves, bitwise)
+        found = measure(traced, positions, sample, mask, of_leaves, bitwise, axes)
         gradients = found.gradients[0] if single else found.gradients
-        total = sum(found.squares[1:], start=found.squares[0])
+        own = sum(found.squares[1:], start=found.squares[0])
         statistics = BatchStatistics(
-            found.examples.astype(jnp.int32),
-            found.examples.astype(jnp.int32),
-            total,
+            found.shares.total.astype(jnp.int32),
+            found.shares.total.astype(jnp.int32),
+            found.shares.sum(own),
             found.gradient_norm_squared,
             found.estimated.astype(jnp.int32),
             found.loss,
@@ -149,9 +159,10 @@ class Result:
         gradients: A tuple, one entry for each argument that is differentiated.
         summed: Over which axes of a mesh JAX adds up gradients, as they are given here.
         gradient_norm_squared: The squared norm of the gradient, before that.
-        squares: For each leaf of these, in order, the sum over examples of squared norms.
+        squares: For each leaf of these, in order, the sum over this device's examples of squared
+            norms.
         leaves: What each of these is called, and how it was measured.
-        examples: How many there are.
+        shares: How many examples there are.
         estimated: Of how many the norms are estimated from those of the others.
     """
 
@@ -162,7 +173,7 @@ class Result:
     gradient_norm_squared: Array
     squares: list[Array]
     leaves: dict[str, Leaf]
-    examples: Array
+    shares: Shares
     estimated: Array
 
 
@@ -173,6 +184,7 @@ def measure(
     mask: Any = None,
     metric: Callable[[Any], Any] | None = None,
     bitwise: bool = False,
+    axes: tuple[str, ...] = (),
 ) -> Result:
     """Run the loss of one example for all of them, forward and backward, and measure."""
     own, arguments, closed = traced.own, traced.arguments, traced.closed
@@ -237,7 +249,9 @@ def measure(
     found = marks.rebuilt(flat_found)
     sampled = _counted(mask, examples, sample)
     share = jnp.ones((), jnp.float32) if sample in (None, examples) else counted / sampled
-    given = _summed(gradients, own, argnums)
+    shares = Shares.of(axes, counted, None if mask is None else examples)
+    mean = jax.tree.map(shares.mean, gradients)
+    given = _summed(mean, own, argnums)
     weights: dict[Value, Any] = {}
     in_metric = None
     if metric is not None:
@@ -260,15 +274,15 @@ def measure(
                 shift = squares[value], counted, gradient, shifts[value], weight
                 squares[value] = meshes.automatic(penalties.shifted, *shift)
     return Result(
-        loss,
+        shares.mean(loss),
         jax.tree.unflatten(traced.structure, aux),
         given,
-        tuple(sorted(traced.summed)),
-        square_of(gradients) if in_metric is None else square_in(in_metric, gradients),
+        tuple(sorted(traced.summed - {*axes})),
+        square_of(mean) if in_metric is None else square_in(in_metric, mean),
         [squares[value] for value in leaves],
         {names[value]: leaf for value, leaf in leaves.items()},
-        counted,
-        counted - sampled,
+        shares,
+        shares.sum(counted - sampled),
     )
 
 

@@ -21,7 +21,7 @@ from cabs_jax.norms import reductions
 
 # How a device gets a gradient of its own.
 _OWN = (
-    "Let parameters differ before the gradient is taken, with jax.lax.pcast(parameters, axis_name, "
+    "let parameters differ before the gradient is taken, with jax.lax.pcast(parameters, axis_name, "
     'to="varying") (jax.lax.pvary in older releases), or give shard_map check_vma=False; then '
     "take jax.lax.pmean of the gradients"
 )
@@ -169,7 +169,8 @@ class BatchStatistics:
             raise ValueError(
                 "gradients must be a device's own for its part of the statistics, but those of "
                 "parameters that are the same all along axes of the mesh were added up over "
-                f"{listed([*map(repr, self.summed)])} by JAX, and are no mean. {_OWN}"
+                f"{listed([*map(repr, self.summed)])} by JAX, and are no mean. Name these axes in "
+                f"axis_name= of value_and_grad, which puts together what devices have. Or: {_OWN}"
             )
         return PartialStatistics(self.examples, self.groups, self.group_square_sum, self.estimated)
 
@@ -233,7 +234,7 @@ def _check_own(gradients: Any, axis_name: str | Sequence[str] | None) -> None:
         raise ValueError(
             f"gradients must be the mean over this device's own group, got some that are the same "
             f"on all devices along {over}: where parameters are, JAX has added up what the devices "
-            f"have. That is so for {listed(names)}. {_OWN}; where devices along an axis "
+            f"have. That is so for {listed(names)}; {_OWN}; where devices along an axis "
             "share the group, name in axis_name= the axes along which groups differ, () for none"
         )
 

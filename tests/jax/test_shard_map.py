@@ -71,7 +71,7 @@ def test_parameters_that_are_the_same_on_all_devices_give_own_statistics(is_jitt
     def step(parameters, batch):
         (loss, statistics), gradients = cabs_jax.value_and_grad(loss_fn)(parameters, batch)
         assert statistics.summed == ("data",)
-        with pytest.raises(ValueError, match="and are no mean"):
+        with pytest.raises(ValueError, match=r"are no mean\. Name these axes in axis_name="):
             statistics.partial  # noqa: B018
         numbers = jnp.stack([loss, statistics.variance_trace, statistics.gradient_norm_squared])
         return numbers[None], gradients

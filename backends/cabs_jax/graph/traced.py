@@ -34,13 +34,19 @@ class Traced:
     structure: Any
 
     @classmethod
-    def of(cls, loss_fn: Callable[..., Any], own: Arguments, has_aux: bool) -> Traced:
+    def of(
+        cls,
+        loss_fn: Callable[..., Any],
+        own: Arguments,
+        has_aux: bool,
+        axes: frozenset[str] = frozenset(),
+    ) -> Traced:
         """Return the program of a loss.
 
         Where ``shard_map`` checks what differs between devices, the gradient is then this device's
-        own. JAX adds up the gradients of parameters that are the same on all of them.
+        own, along these axes in any case. JAX adds up the gradients of parameters that are the same
+        on all of them.
         """
-        axes = frozenset[str]()
         while True:
             leaves = zip(own.leaves, own.is_parameter, strict=True)
             placed = own.with_leaves(
