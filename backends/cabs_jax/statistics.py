@@ -273,8 +273,8 @@ def square_of(tree: Any) -> Array:
 
 
 def _square_sum(leaves: Sequence[Array]) -> Array:
-    squares = [reductions.square(leaf[None])[0] for leaf in leaves]
-    return sum(squares[1:], start=squares[0])
+    first, *others = map(reductions.whole_square, leaves)
+    return sum(others, start=first)
 
 
 def _is_real(leaf: Array) -> bool:

@@ -3,7 +3,7 @@
     python tests/benchmarks/collectives.py [--json FILE]
 
 Counts, not times: what PyTorch's profiler sees of four processes that train together by gloo, what
-the program has that JAX compiles for eight devices, and the graph that TensorFlow traces for two
+the program has that JAX compiles for four devices, and the graph that TensorFlow traces for two
 replicas.
 """
 
@@ -18,10 +18,10 @@ from rounds import describe, options, write
 
 sys.path.append(str(Path(__file__).parents[2]))
 # Read when the frameworks are loaded.
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
 
-RANKS, DEVICES, REPLICAS = 4, 8, 2
+RANKS, DEVICES, REPLICAS = 4, 4, 2
 Counts = dict[str, dict[str, int]]
 
 
@@ -43,36 +43,9 @@ def of_torch() -> Counts:
 
 def of_jax() -> Counts:
     """Count in what is compiled for a batch that lies on all devices."""
-    import jax
-    import jax.numpy as jnp
+    from tests.jax.collectives import STEPS, counted
 
-    import cabs_jax
-    from tests.jax.collectives import reduced_in
-
-    def once(parameters, example):
-        hidden = jnp.tanh(example["x"] @ parameters["in"] + parameters["bias"])
-        return jnp.sum((hidden @ parameters["out"] - example["y"]) ** 2)
-
-    def twice(parameters, example):
-        hidden = jnp.tanh(jnp.tanh(example["x"] @ parameters["in"]) @ parameters["in"])
-        return jnp.sum((hidden @ parameters["out"] - example["y"]) ** 2)
-
-    mesh = jax.make_mesh((DEVICES,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-    shapes = {"in": (5, 5), "bias": (5,), "out": (5, 3)}
-    parameters = {name: jnp.ones(shape) for name, shape in shapes.items()}
-    spec = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
-    batch = jax.device_put({"x": jnp.ones((32, 5)), "y": jnp.ones((32, 3))}, spec)
-    found: Counts = {}
-    for name, loss in {"used once": once, "one used twice": twice}.items():
-
-        def mean(parameters, batch, loss=loss):
-            return jnp.mean(jax.vmap(loss, (None, 0))(parameters, batch))
-
-        plain = reduced_in(jax.value_and_grad(mean), parameters, batch)
-        measured = reduced_in(cabs_jax.value_and_grad(loss), parameters, batch)
-        label = f"JAX, {DEVICES} devices: ``value_and_grad``, three parameters, {name}"
-        found[label] = difference(plain, measured)
-    return found
+    return {f"JAX, {DEVICES} devices: {label}": counted(label) for label in STEPS}
 
 
 def of_tensorflow() -> Counts:
@@ -80,6 +53,7 @@ def of_tensorflow() -> Counts:
     import tensorflow as tf
 
     import cabs_tensorflow
+    from tests.collectives import difference
 
     (processor,) = tf.config.list_physical_devices("CPU")
     devices = [tf.config.LogicalDeviceConfiguration()] * REPLICAS
@@ -113,18 +87,6 @@ def of_tensorflow() -> Counts:
 
     label = f"TensorFlow, {REPLICAS} replicas: ``GradientTape``, ``all_reduce=True``"
     return {label: difference(collectives(plain), collectives(measured))}
-
-
-def difference(plain: dict[str, list[int]], measured: dict[str, list[int]]) -> dict[str, int]:
-    """Return what is more, of numbers in each collective by its kind."""
-    before, after = sum(map(len, plain.values())), sum(map(len, measured.values()))
-    more = sum(map(sum, measured.values())) - sum(map(sum, plain.values()))
-    return {
-        "plain": before,
-        "added": after - before,
-        "numbers added": more,
-        "more in the first step": 0,
-    }
 
 
 def main() -> None:

@@ -1,9 +1,18 @@
-"""What a compiled program sends between devices."""
+"""What a compiled program sends between devices, and what statistics add to that."""
 
 import math
 import re
+from functools import partial
 
 import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import cabs_jax
+from tests.collectives import difference
+
+DEVICES = 4
 
 
 def reduced_in(function, *args):
@@ -17,3 +26,60 @@ def reduced_in(function, *args):
             sizes = [math.prod(map(int, filter(None, shape.split(",")))) for shape in shapes]
             found.setdefault(match[1], []).append(sum(sizes))
     return found
+
+
+def kept(step, args):
+    """Return a step whose gradients are sharded as the parameters are."""
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, args[0])
+
+    def sharded(parameters, batch):
+        found, gradients = step(parameters, batch)
+        return found, jax.lax.with_sharding_constraint(gradients, shardings)
+
+    return sharded
+
+
+def once(parameters, example):
+    hidden = jnp.tanh(example["x"] @ parameters["in"] + parameters["bias"])
+    return jnp.sum((hidden @ parameters["out"] - example["y"]) ** 2)
+
+
+def twice(parameters, example):
+    hidden = jnp.tanh(jnp.tanh(example["x"] @ parameters["in"]) @ parameters["in"])
+    return jnp.sum((hidden @ parameters["out"] - example["y"]) ** 2)
+
+
+# By what a step is called: its loss, how its parameters lie, and what has a step of each device.
+STEPS = {
+    "``value_and_grad``, three parameters, used once": (once, "the same", "jit"),
+    "``value_and_grad``, three parameters, one used twice": (twice, "the same", "jit"),
+    "``value_and_grad``, three parameters, sharded with their gradients": (once, "cut", "jit"),
+    "``value_and_grad`` by ``axis_name``, three parameters": (once, "the same", "shard_map"),
+}
+
+
+def counted(label):
+    """Return how many collectives a plain step has, and what statistics add to them."""
+    loss, lie, engine = STEPS[label]
+    mesh = jax.make_mesh((DEVICES,), ("data",), axis_types=(AxisType.Auto,))
+    shapes = {"in": (8, 8), "bias": (8,), "out": (8, 4)}
+    parameters = {name: jnp.ones(shape) for name, shape in shapes.items()}
+    batch = {"x": jnp.ones((32, 8)), "y": jnp.ones((32, 4))}
+    specs = P("data" if lie == "cut" else None), P("data")
+    args = [
+        jax.device_put(tree, NamedSharding(mesh, spec))
+        for tree, spec in zip((parameters, batch), specs, strict=True)
+    ]
+
+    def mean(parameters, batch):
+        return jnp.mean(jax.vmap(loss, (None, 0))(parameters, batch))
+
+    if engine == "shard_map":
+        share = partial(jax.shard_map, mesh=mesh, in_specs=specs, out_specs=P(), check_vma=False)
+        plain = share(lambda *args: jax.lax.pmean(jax.value_and_grad(mean)(*args), "data"))
+        measured = share(cabs_jax.value_and_grad(loss, axis_name="data"))
+    else:
+        plain, measured = jax.value_and_grad(mean), cabs_jax.value_and_grad(loss)
+        if lie == "cut":
+            plain, measured = kept(plain, args), kept(measured, args)
+    return difference(*(reduced_in(step, *args) for step in (plain, measured)))

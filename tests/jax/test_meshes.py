@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 import cabs_jax
 from cabs_jax.norms import arrays, reductions
-from tests.jax.collectives import reduced_in
+from tests.jax.collectives import kept, reduced_in
 from tests.jax.reference import assert_same, draw, gradients_one_by_one, mean_loss
 
 AUTO, EXPLICIT = AxisType.Auto, AxisType.Explicit
@@ -235,6 +235,22 @@ def test_statistics_add_a_number_a_parameter_to_the_collective_there_is(kinds, l
     *small, large = sorted(measured["all-reduce"])
     assert small == more
     assert elements < large <= elements + 5
+
+
+@pytest.mark.parametrize("spec", [P("data"), P(None, "data")])
+def test_of_parameters_sharded_as_the_batch_nothing_is_gathered_more_often(spec):
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(AUTO,))
+    parameters = {name: PARAMETERS[name] for name in ("in", "bias", "out")}
+    parameters = placed(mesh, parameters, {"in": spec, "bias": P("data"), "out": spec})
+    args = parameters, placed(mesh, BATCH, P("data"))
+    plain, measured = jax.value_and_grad(mean_loss(layers)), cabs_jax.value_and_grad(layers)
+    before, after = reduced_in(plain, *args), reduced_in(measured, *args)
+    (elements,) = before.pop("all-reduce")
+    assert after == {**before, "all-reduce": [elements + 3]}
+    # Where gradients are left in pieces, a number more of each, for its norm.
+    after = reduced_in(kept(measured, args), *args)
+    assert sum(after.pop("all-reduce")) == elements + 6
+    assert after == before
 
 
 def pictures(parameters, example):

@@ -38,12 +38,20 @@ def wide(array: Array) -> Array:
 
 def square(array: Array) -> Array:
     """Return the sums of squares over all axes but the first."""
-    found = wide(array)
-    if jnp.issubdtype(found.dtype, jnp.complexfloating):
-        found = jnp.abs(found)
     # Two axes, whatever there were, so that XLA sees when it has this sum already.
-    squares: Array = jnp.sum(lax.square(found.reshape(len(found), -1)), axis=1)
+    squares: Array = jnp.sum(_squares(array.reshape(len(array), -1)), axis=1)
     return squares
+
+
+def whole_square(array: Array) -> Array:
+    """Return the sum of squares over all axes, none of which is merged with one that is sharded."""
+    total: Array = jnp.sum(_squares(array))
+    return total
+
+
+def _squares(array: Array) -> Array:
+    found = wide(array)
+    return lax.square(jnp.abs(found) if jnp.iscomplexobj(found) else found)
 
 
 def in_chunks(function: Callable[..., Any], arrays: Sequence[Array], needed: int) -> Any:
