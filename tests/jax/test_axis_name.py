@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jax.sharding import AxisType
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import cabs_jax
@@ -95,6 +95,17 @@ def test_shares_along_several_axes_are_one_batch(is_checked):
     step = jax.jit(sharded(partial(measured, axis_name=axes), is_checked, axes))
     chosen = np.arange(EXAMPLES) % 5 != 1
     assert_of(step(PARAMETERS, BATCH, chosen), chosen)
+
+
+@pytest.mark.parametrize("is_checked", [False, True])
+def test_parameters_may_be_sharded_along_an_axis_that_is_left_to_jit(is_checked):
+    mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    specs = {"in_specs": (P(), P("data"), P("data")), "out_specs": P(), "check_vma": is_checked}
+    step = jax.jit(jax.shard_map(measured, mesh=mesh, axis_names={"data"}, **specs))
+    cut = NamedSharding(mesh, P(None, "model"))
+    parameters = [*PARAMETERS[:2], jax.device_put(PARAMETERS[2], cut)]
+    chosen = np.arange(EXAMPLES) % 5 != 1
+    assert_of(step(parameters, BATCH, chosen), chosen)
 
 
 @pytest.mark.parametrize("is_checked", [False, True])

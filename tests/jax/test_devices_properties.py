@@ -113,6 +113,13 @@ def dealt(case, step, count):
     return batches, masks
 
 
+def placed(mesh, leaf):
+    """Return an array of all devices, of which each process gives what lies on its own."""
+    each = len(leaf) // jax.process_count()
+    mine = leaf[jax.process_index() * each :][:each]
+    return jax.make_array_from_process_local_data(NamedSharding(mesh, P("data")), mine)
+
+
 def train(case):
     kinds = (KINDS.get(case.engine, AxisType.Auto),)
     devices = jax.devices()[: case.devices]
@@ -122,7 +129,7 @@ def train(case):
     with jax.set_mesh(mesh):
         for number in range(STEPS):
             count = controller.batch_size
-            shares = jax.device_put(dealt(case, number, count), NamedSharding(mesh, P("data")))
+            shares = jax.tree.map(partial(placed, mesh), dealt(case, number, count))
             statistics, parameters = step(parameters, *shares, count)
             statistics = statistics.read()
             decided = controller.update(statistics, learning_rate=SPED_UP * RATE)
