@@ -28,6 +28,11 @@ napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 # Examples are compiled without a file, in which AutoGraph would look for their source.
 tensorflow.function = partial(tensorflow.function, autograph=False)
+# Two replicas on a machine without a GPU, on one page: in a process, two strategies with several
+# replicas take the same numbers for their collectives.
+devices = [tensorflow.config.LogicalDeviceConfiguration()] * 2
+cpu = tensorflow.config.list_physical_devices("CPU")[0]
+tensorflow.config.set_logical_device_configuration(cpu, devices)
 doctest_global_setup = """
 from cabs import *
 from cabs.control import *

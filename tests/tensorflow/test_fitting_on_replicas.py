@@ -12,6 +12,8 @@ from tests.tensorflow.reference import draw
 INPUTS = draw(1, 150, 6, dtype="float32")
 LABELS = np.abs(INPUTS[:, :3]).argmax(axis=1)
 
+RULE = cabs.CABS()
+
 
 def dense():
     layers = keras.layers
@@ -20,10 +22,10 @@ def dense():
     )
 
 
-def fit(strategy, arrays, make=dense, *, optimizer=None, validate=True, **options):
+def fit(strategy, arrays, make=dense, *, optimizer=None, validate=True, rule=RULE, **options):
     """Return what two epochs of training have found, and the weights after them."""
     keras.utils.set_random_seed(0)
-    controller = cabs.Controller(8, sizes=cabs.BatchSizes.range(8, 40))
+    controller = cabs.Controller(8, sizes=cabs.BatchSizes.range(8, 40), rule=rule)
     steps = []
 
     class Steps(keras.callbacks.Callback):

@@ -166,7 +166,8 @@ def test_workers_train_as_one():
     assert [one.returncode for one in workers] == [0, 0], found[0][1][-3000:]
     # The same numbers on each, to the bit.
     assert found[0][0] == found[1][0]
-    *steps, fitted = found[0][0].splitlines()
+    *steps, fitted, refused = found[0][0].splitlines()
+    assert refused == "name the cost of a step, as cabs.Progress(overhead=512)"
     strategy = tf.distribute.get_strategy()
     alone, _ = train(strategy, (12,), "float64", "adam")
     for line, ((statistics, gradients),) in zip(steps, alone, strict=True):
@@ -189,6 +190,12 @@ from tests.tensorflow.test_fitting_on_replicas import INPUTS, LABELS, fit
 _, history, _, controller = fit(strategy, (INPUTS, LABELS), validate=False)
 found = [controller.step, *history["loss"], *history["noise_scale"]]
 print(json.dumps(found))
+import cabs
+try:
+    fit(strategy, (INPUTS, LABELS), validate=False, rule=cabs.Progress())
+    print("no error")
+except ValueError as error:
+    print(str(error).rpartition("; ")[2])
 """
 
 

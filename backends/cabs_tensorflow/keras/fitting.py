@@ -19,7 +19,7 @@ from cabs import Controller, RunLog, Stopwatch
 from cabs.control import DebiasedAverage, Decision, noise_scale_rule
 from cabs.values.scalars import as_integer
 from cabs_tensorflow.data.drawn import Drawn, drawn_by
-from cabs_tensorflow.keras.conditions import check_compiled, is_overridden
+from cabs_tensorflow.keras.conditions import check_clock, check_compiled, is_overridden
 from cabs_tensorflow.keras.epochs import run_epochs, with_class_weights
 from cabs_tensorflow.keras.losses import compiled_losses
 from cabs_tensorflow.keras.steps import measure, measure_microbatches
@@ -262,6 +262,7 @@ class AdaptiveBatchSize(_Model):
                 f"model {self.name!r} has no controller; call follow(controller) before fit"
             )
         check_compiled(self, self._microbatches)
+        check_clock(self, self._feed.rule)
         strategy = self.distribute_strategy
 
         def of_replicas(data: Any) -> dict[str, Any]:
@@ -392,7 +393,7 @@ class _Feed:
         self.drawn: Drawn | None = None
         """Where batches come from, while that is known."""
         self._controller, self._log = controller, log
-        rule = controller.configuration.rule
+        self.rule = rule = controller.configuration.rule
         self.in_metric = bool(rule.in_metric)
         """Whether the rule takes norms in the metric of the optimizer's step."""
         self._watch = Stopwatch() if rule.needs_clock else None
