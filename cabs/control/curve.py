@@ -44,17 +44,20 @@ def _full(start: int) -> int:
 
 def steps_in(curve: Curve) -> int:
     """Return how many losses a curve is of."""
-    return sum(length for length, _ in curve)
+    return sum([length for length, _ in curve])
 
 
 def mean_loss(curve: Curve, start: float, stop: float) -> float:
     """Return the mean loss from one step to another; a bucket counts by its share."""
-    total = at = 0.0
-    for length, mean in curve:
-        shared = min(at + length, stop) - max(at, start)
+    total, at = 0.0, steps_in(curve)
+    # From the last one back, since most buckets are of the first steps.
+    for length, mean in reversed(curve):
+        end, at = at, at - length
+        if end <= start:
+            break
+        shared = min(end, stop) - max(at, start)
         if shared > 0.0:
             total += mean * (shared / (stop - start))
-        at += length
     return total
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import convex_report
 import seconds_report
+import wall_clock
 from figures import draw_comparison, draw_summary, draw_variants
 from pages import spread, table
 from results import Runs, best_of, by_rate, median_loss, number, recipes_of, runs_of
@@ -29,6 +30,8 @@ LEVELS = {
     "images": {"mnist": (0.5, 0.25), "fashion-mnist": (0.9, 0.65), "cifar10": (1.9, 1.6)},
     "epoch": {"mnist": (0.25, 0.1)},
 }
+# Those that tell of their runs by themselves.
+_OTHERS = {"convex": convex_report, "seconds": seconds_report, "wall_clock": wall_clock}
 # The study of the first figure; of both, methods are compared at their best rates.
 FIRST = "images"
 
@@ -143,8 +146,8 @@ def variants(runs: Runs) -> str:
 def write(folder: Path) -> None:
     """Write what there is to say of the runs in a folder, into the same folder."""
     for path in sorted(folder.glob("*.jsonl")):
-        if path.stem in ("convex", "seconds"):
-            {"convex": convex_report, "seconds": seconds_report}[path.stem].write(folder)
+        if path.stem in _OTHERS:
+            _OTHERS[path.stem].write(folder)
             continue
         found = runs_of(path)
         if path.stem == FIRST:

@@ -34,8 +34,9 @@ from seconds_report import mean
 
 RATES = {"SGD": 0.1, "momentum": 0.015, "AdamW": 3e-3}
 SIZES = (16, 32, 64, 128, 256, 512, 1024)
-RULE = "Progress"
-METHODS = (*(f"constant {size}" for size in SIZES), RULE)
+# The rule, and after how many steps the variance is measured.
+RULES = {"Progress": 1, "Progress, every 10": 10}
+METHODS = (*(f"constant {size}" for size in SIZES), *RULES)
 SHARES = (1 / 4, 1 / 2)
 LOOKED_AT = 2500
 GROWTH = 1.05
@@ -50,10 +51,10 @@ def train(problem: Any, optimizer_name: str, method: str, seed: int, budget: flo
     model = problem.network()
     optimizer = made(optimizer_name, model, RATES[optimizer_name])
     watch, controller, batch_size = cabs.Stopwatch(), None, Constant(SIZES[0])
-    if method == RULE:
+    if method in RULES:
         rule = cabs.Progress(adaptive=optimizer_name == "AdamW")
         sizes = cabs.BatchSizes.range(SIZES[0], SIZES[-1])
-        controller = cabs.Controller(sizes=sizes, rule=rule)
+        controller = cabs.Controller(sizes=sizes, rule=rule, every=RULES[method])
     else:
         batch_size = Constant(int(method.split()[1]))
     sampler = cabs.BatchSampler(problem.examples, controller or batch_size, seed=seed)
@@ -67,14 +68,16 @@ def train(problem: Any, optimizer_name: str, method: str, seed: int, budget: flo
             inputs, targets = problem.batch(indices, shuffled)
             losses = problem.losses(model(inputs), targets)
             optimizer.zero_grad()
-            if controller is None:
-                losses.mean().backward()
-                optimizer.step()
-            else:
+            statistics = None
+            if controller is not None and controller.due:
                 statistics = cabs_torch.backward(losses, optimizer=optimizer)
-                optimizer.step()
+            else:
+                losses.mean().backward()
+            optimizer.step()
+            if controller is not None:
                 rates = cabs_torch.learning_rates(optimizer)
-                controller.update(statistics, learning_rate=rates, seconds=watch)
+                loss = None if statistics is not None else losses.detach().mean()
+                controller.update(statistics, learning_rate=rates, loss=loss, seconds=watch)
             steps, seen = steps + 1, seen + len(indices)
             now = spent + time.perf_counter() - start
             if now >= look:
@@ -96,7 +99,7 @@ def reached(curve: tuple[Vector, Vector], loss: float) -> float:
 
 def times_of(curves: Curves) -> dict[str, list[float]]:
     """Return each method's times, as ratios to those of the best constant size."""
-    constants = [name for name in curves if name != RULE]
+    constants = [name for name in curves if name not in RULES]
     ratios = defaultdict(list)
     for (first, second), share in product(permutations(next(iter(curves.values())), 2), SHARES):
 
@@ -132,6 +135,14 @@ def rows_of(runs: list[dict[str, Any]]) -> Iterator[tuple[str, ...]]:
             yield optimizer, method, f"{mean(times[method]):.2f}", f"{size:.0f}", f"{step:.2f}"
 
 
+def write(out: Path) -> None:
+    """Write the table of a folder's runs into it."""
+    header = ("optimizer", "method", "time", "examples a step", "milliseconds a step")
+    runs = read(out / "wall_clock.jsonl")
+    rows = sorted(rows_of(runs), key=lambda row: [*RATES].index(row[0]))
+    (out / "wall-clock.inc").write_text(table(header, rows), encoding="utf-8")
+
+
 def main() -> None:
     """Make the runs that are missing, and the table."""
     parser = argparse.ArgumentParser(
@@ -159,9 +170,7 @@ def main() -> None:
             run = {"optimizer": optimizer, "method": method, "seed": seed, "curve": curve}
             file.write(json.dumps(run) + "\n")
             file.flush()
-    header = ("optimizer", "method", "time", "examples a step", "milliseconds a step")
-    page = table(header, sorted(rows_of(read(path)), key=lambda row: [*RATES].index(row[0])))
-    (options.out / "wall-clock.inc").write_text(page, encoding="utf-8")
+    write(options.out)
 
 
 if __name__ == "__main__":

@@ -65,9 +65,11 @@ def test_a_quick_study_by_the_machine_s_clock_leaves_a_table(tmp_path):
         result = finished(command)
         assert result.returncode == 0, result.stderr
         runs = (tmp_path / "wall_clock.jsonl").read_text().splitlines()
-        assert len(runs) == 3 * 8 * 2
+        assert len(runs) == 3 * 9 * 2
     page = (tmp_path / "wall-clock.inc").read_text()
-    assert page.count("- Progress") == page.count("- constant 16\n") == 3
+    assert (
+        page.count("- Progress\n") == page.count("every 10") == page.count("- constant 16\n") == 3
+    )
 
 
 def test_seconds_to_a_loss_are_compared_with_the_best_constant_s(module):

@@ -130,6 +130,8 @@ def test_orbax_stores_a_loader_beside_the_parameters(tmp_path):
     same(rest.params, whole.params)
 
 
+# What optax has unless it is given another.
+USUAL = {"b2": 0.999, "eps": 1e-8}
 ADAMS = {
     "adam": (optax.adam(0.1, b2=0.9, eps=1e-3), {"b2": 0.9, "eps": 1e-3}, optax.scale_by_adam),
     "adamw": (optax.adamw(0.1, eps_root=1e-6), {"eps_root": 1e-6}, optax.scale_by_adam),
@@ -145,7 +147,7 @@ def test_p_is_what_the_step_of_optax_multiplies_with(name):
     state = optimizer.init(found)
     for step in range(4):
         gradients = {"w": jnp.array([0.3, -0.2, 4.0]) / (step + 1)}
-        weights = cabs_jax.adam_metric(state, **options)(gradients)
+        weights = cabs_jax.adam_metric(state, **{**USUAL, **options})(gradients)
         is_moments = lambda node: hasattr(node, "nu")  # noqa: E731
         (moments,) = filter(is_moments, jax.tree.leaves(state, is_leaf=is_moments))
         # Without momentum, the step is P times the gradient.

@@ -7,6 +7,8 @@ import pytest
 
 from tests.torch.collectives import STEPS, counted
 
+pytestmark = pytest.mark.slow
+
 FOUND = Path(__file__).parents[2] / "docs" / "benchmarks" / "collectives.json"
 
 

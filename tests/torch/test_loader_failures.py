@@ -9,7 +9,10 @@ import cabs_torch
 from tests.processes import finished
 
 # There may be fewer cores than workers here.
-pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning"),
+]
 
 # In a process of its own, which can be ended if it waits for ever.
 DYING = """

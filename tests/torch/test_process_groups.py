@@ -17,6 +17,8 @@ from tests.torch.engines import ENGINES
 from tests.torch.models import cross_entropy
 from tests.torch.reference import gradients_one_by_one
 
+pytestmark = pytest.mark.slow
+
 EACH = 4
 
 

@@ -11,6 +11,8 @@ from tests.torch.engines import M, all_ranks, gradients, losses_of, network
 from tests.torch.test_microbatches import expected
 from tests.torch.test_ranks_statistics import assert_same
 
+pytestmark = pytest.mark.slow
+
 # Microbatches of each rank.
 K = 3
 

@@ -15,6 +15,8 @@ from tests.torch.engines import ENGINES, unreduced, weights
 from tests.torch.models import cross_entropy
 from tests.torch.reference import gradients_one_by_one
 
+pytestmark = pytest.mark.slow
+
 RATE = 0.5
 
 

@@ -23,6 +23,8 @@ from tests.processes import finished
 from tests.torch.engines import network, weights
 from tests.torch.gloo import Ranks
 
+pytestmark = pytest.mark.slow
+
 PAGE = Path(__file__).parents[2] / "docs" / "trainers.rst"
 EACH, STEPS = 3, 4
 
