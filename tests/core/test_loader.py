@@ -23,6 +23,7 @@ def of_epoch(records, epoch):
     return [one for record in records if record.epoch == epoch for one in record.examples]
 
 
+@pytest.mark.slow
 @given(kinds, examples, lags, seeds)
 def test_every_epoch_is_a_partition_whatever_the_controller_decides(kind, examples, lag, seed):
     with loader(kind, examples, lag=lag, seed=seed) as batches:
@@ -133,6 +134,7 @@ def test_what_was_drawn_ahead_by_other_ranks_is_drawn_anew(world_size):
     assert sorted(drawn) == list(range(12))
 
 
+@pytest.mark.slow
 @given(kinds, st.integers(2, 120), lags, seeds, st.integers(1, 25))
 def test_speed_changes_nothing(kind, examples, lag, seed, slow):
     def stumble(drawn):
@@ -177,6 +179,7 @@ def epoch_of(batches):
     return batches._place.epoch
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lag", [0, 2])
 @pytest.mark.parametrize("kind", ["indices", "stream"])
 def test_an_interrupt_at_any_line_loses_and_repeats_nothing(kind, lag):

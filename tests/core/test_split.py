@@ -372,6 +372,7 @@ def test_pieces_of_a_failed_step_are_freed_too():
     assert sizes == [1, 1, 1, 1]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:out of memory:RuntimeWarning")
 def test_with_a_minimum_of_three_no_microbatch_has_a_single_example():
     tried = []

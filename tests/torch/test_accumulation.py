@@ -34,6 +34,7 @@ def pieces_of(count, sizes):
     return torch.arange(count).split(sizes)
 
 
+@pytest.mark.slow
 @given(st.integers(0, 2**31), st.lists(st.integers(2, 5), min_size=2, max_size=5))
 @settings(max_examples=30)
 def test_groups_of_any_sizes_are_exact(seed, sizes):

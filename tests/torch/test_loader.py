@@ -274,6 +274,7 @@ class Slow(torch.utils.data.Dataset):
         return index, time.monotonic()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("lag", "size"), [(0, 16), (1, 16), (0, 64)])
 def test_workers_are_busy_with_what_comes_next_while_a_step_runs(lag, size):
     batches = cabs_torch.loader(Slow(), size, lag=lag, num_workers=2, shuffle=False)

@@ -11,6 +11,8 @@ from tests.torch.engines import ENGINES, M, gradients, losses_of, network, share
 from tests.torch.gloo import Ranks
 from tests.torch.test_ranks_statistics import alone, assert_same
 
+pytestmark = pytest.mark.slow
+
 
 def in_microbatches(engine, size, accumulated):
     """Return the statistics of this rank's share in pieces, of which the last one is reduced."""

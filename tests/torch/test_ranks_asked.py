@@ -20,6 +20,8 @@ from tests.torch.models import cross_entropy
 from tests.torch.test_microbatches import add_up
 from tests.torch.test_ranks_statistics import Branches
 
+pytestmark = pytest.mark.slow
+
 
 def steps_of_branches(branches, are_named):
     """Return statistics of steps in which each rank takes a branch of the model."""

@@ -16,6 +16,8 @@ import cabs_torch
 from tests.torch.engines import M, gradients, losses_of, network, share, weights
 from tests.torch.gloo import Ranks
 
+pytestmark = pytest.mark.slow
+
 # Seconds that ranks wait for each other, in the tests in which one is gone or late.
 PATIENCE = 2.0
 

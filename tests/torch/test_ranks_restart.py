@@ -6,6 +6,8 @@ import torch
 import cabs_torch
 from tests.torch.test_ranks import Run, dataset
 
+pytestmark = pytest.mark.slow
+
 # Steps before the end, in the middle of an epoch.
 BEFORE = 7
 
