@@ -50,14 +50,13 @@ def train(problem: Any, optimizer_name: str, method: str, seed: int, budget: flo
     torch.manual_seed(seed)
     model = problem.network()
     optimizer = made(optimizer_name, model, RATES[optimizer_name])
-    watch, controller, batch_size = cabs.Stopwatch(), None, Constant(SIZES[0])
+    watch, controller = cabs.Stopwatch(), None
     if method in RULES:
         rule = cabs.Progress(adaptive=optimizer_name == "AdamW")
         sizes = cabs.BatchSizes.range(SIZES[0], SIZES[-1])
         controller = cabs.Controller(sizes=sizes, rule=rule, every=RULES[method])
-    else:
-        batch_size = Constant(int(method.split()[1]))
-    sampler = cabs.BatchSampler(problem.examples, controller or batch_size, seed=seed)
+    sized = controller or Constant(int(method.split()[1]))
+    sampler = cabs.BatchSampler(problem.examples, sized, seed=seed)
     shuffled = torch.Generator().manual_seed(seed)
     curve: list[Any] = []
     steps = seen = 0
