@@ -12,17 +12,19 @@ from typing import Any
 
 import tensorflow as tf
 
+from cabs.gradients import uses
 from cabs.gradients.layout import MixedError
 from cabs.gradients.terms import Term
 from cabs_tensorflow.errors import uncovered
 from cabs_tensorflow.graph.program import Call, Program
 from cabs_tensorflow.graph.symbolic_shapes import Sizes
 from cabs_tensorflow.norms import reductions
+from cabs_tensorflow.norms.arrays import ARRAYS
 from cabs_tensorflow.rules.batch_axis import check_inside
 from cabs_tensorflow.rules.layout import Batch
 from cabs_tensorflow.rules.parameter_gradients import ParameterInput
 from cabs_tensorflow.rules.shared_functions import SharedFunctions
-from cabs_tensorflow.rules.uses import squares_and_sum, total_squares, weighted_squares
+from cabs_tensorflow.rules.uses import squares_and_sum, total_squares
 from cabs_tensorflow.walk import Walk
 
 
@@ -160,7 +162,8 @@ class Measurement:
             if weight is None:
                 sums[leaf] = total_squares(self._functions, terms)
             else:
-                sums[leaf] = weighted_squares(terms, weight)
+                squares = uses.coordinate_squares(ARRAYS, terms)[0]
+                sums[leaf] = tf.reduce_sum(squares * tf.cast(weight, squares.dtype))
         for own, layout in self._walk.own.items():
             leaf = self._own_leaf(own)
             cotangent = self._known.get(own)

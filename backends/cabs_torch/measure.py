@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from cabs.gradients.terms import Formed, Materialized
+from cabs.gradients import uses
+from cabs.gradients.terms import Formed, Materialized, Term
 from cabs_torch import tracing
 from cabs_torch.graph.autograd_nodes import Edge, Node, is_leaf, saved, shape_of
 from cabs_torch.graph.reentrant_checkpoints import watched
@@ -29,8 +30,7 @@ from cabs_torch.norms.arrays import TorchArrays
 from cabs_torch.norms.sums import ElementwiseSums, SquareSums
 from cabs_torch.rules.parameter_gradients import looked_up
 from cabs_torch.rules.parameter_paths import back
-from cabs_torch.rules.uses import Use, coordinate_squares, total_squares
-from cabs_torch.rules.uses import gradients as of_uses
+from cabs_torch.rules.uses import of_parameter
 from cabs_torch.summed import is_reduced_over_ranks
 from cabs_torch.walk import Found, Meeting, Outputs, Walk
 
@@ -97,7 +97,7 @@ class Measurement:
         self._unseen: list[Node] = []
         """Those whose gradients are read where they are left, once the pass is over."""
         self._sources = Counter(leaf for source in origins.values() for leaf in source.leaves)
-        self._uses: dict[Edge, list[Use]] = defaultdict(list)
+        self._uses: dict[Edge, list[Term]] = defaultdict(list)
         self._handles: list[Any] = []
         self._hooks = ExitStack()
         self._is_pushing, self._is_exact = False, True
@@ -203,7 +203,7 @@ class Measurement:
             elif origin[0] in self._alone and self._elementwise is None:
                 add_alone(self.squares, origin[0], term, self._arrays)
             else:
-                self._uses[origin].append(Use(term, path))
+                self._uses[origin].append(of_parameter(term, path))
 
     def _keep(
         self,
@@ -237,18 +237,21 @@ class Measurement:
 
     def _push(self, origin: Edge, leaves: Sequence[Node], _: Sequence[Tensor | None]) -> None:
         """Push each example's gradient through what was computed from parameters alone."""
-        uses = self._uses.pop(origin, [])
-        if uses and origin[0].next_functions[0][0] in leaves:
-            table = looked_up(origin[0], of_uses(uses, self._arrays, slice(None)))
+        terms = self._uses.pop(origin, [])
+        operands = uses.operands_of(terms)
+        if terms and origin[0].next_functions[0][0] in leaves:
+            table = looked_up(origin[0], uses.gradient(self._arrays, terms, *operands))
             if table is not None:
-                self._uses[leaves[0], 0].append(Use(table, ()))
+                self._uses[leaves[0], 0].append(table)
                 return
         pushed: dict[Node, list[Tensor]] = defaultdict(list)
         dtype = origin[0]._input_metadata[origin[1]].dtype
         self._is_pushing = True
         try:
-            for part in self._arrays.parts(self._examples, math.prod(shape_of(origin))):
-                for row in of_uses(uses, self._arrays, part).to(dtype) if uses else ():
+            elements = math.prod(shape_of(origin))
+            for part in self._arrays.parts(self._examples, elements) if terms else ():
+                some = (one[part] for one in operands)
+                for row in uses.gradient(self._arrays, terms, *some).to(dtype):
                     gradients: Sequence[Tensor | None] = torch.autograd.grad(
                         GradientEdge(*origin),
                         [GradientEdge(leaf, 0) for leaf in leaves],
@@ -269,23 +272,20 @@ class Measurement:
             self._is_pushing = False
         for leaf, rows in pushed.items():
             stacked = torch.stack(rows)
-            term = Materialized(stacked, tuple(stacked.shape[1:]))
-            self._uses[leaf, 0].append(Use(term, ()))
+            self._uses[leaf, 0].append(Materialized(stacked, tuple(stacked.shape[1:])))
 
     def _settle(self, leaf: Node, gradients: Sequence[Tensor | None]) -> None:
         """Sum what is known of a parameter, whose gradient is complete."""
         (gradient,) = gradients
-        uses = self._uses.pop((leaf, 0), [])
+        terms = self._uses.pop((leaf, 0), [])
         if self._elementwise is not None:
-            if uses:
-                self._elementwise.add(leaf, coordinate_squares(uses, self._arrays))
+            if terms:
+                self._elementwise.add(leaf, uses.coordinate_squares(self._arrays, terms)[0])
             if gradient is not None:
                 self._elementwise.see(leaf, gradient)
             return
-        if len(uses) == 1:
-            add_alone(self.squares, leaf, uses[0].term, self._arrays)
-        elif uses:
-            self.squares.add(leaf, total_squares(uses, self._arrays))
+        if terms:
+            self.squares.add(leaf, uses.total_squares(self._arrays, terms))
         if gradient is not None:
             self.norms.square(leaf, gradient)
 

@@ -1,8 +1,8 @@
 """The gradient of a parameter that is used several times: tied, recurrent, looked up.
 
 Guarantees: the gradients of all uses are added before they are squared, cross terms included; where
-they cancel each other so much that rounding would show, they are materialized, if the table can
-read that without waiting for a device.
+they cancel each other so much that rounding would show, they are materialized, if the array
+operations can read that without waiting for a device.
 """
 
 from __future__ import annotations

@@ -1,20 +1,18 @@
 """What one operation contributes to the per-example gradients of a parameter.
 
 Guarantees: each term answers three questions, the gradients themselves, the sum of their squared
-norms, and that of their elementwise squares, without materializing more of them than has to be; the
-squared norm of a sum of terms is computed from their factors wherever all meet the parameter as a
-matrix or as a table.
+norms, and that of their elementwise squares, without materializing more of them than has to be.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple, Protocol
 
-from cabs.gradients import lookups, outer_products, shared_weights
+from cabs.gradients import lookups, outer_products
 from cabs.gradients.arrays import Array, Arrays, Squares, SummingArrays
 from cabs.gradients.layout import Shape
 
@@ -134,7 +132,7 @@ class Product:
         return Formed(rows, self.operands, math.prod(self.shape), arranged)
 
     def coordinate_squares(self, arrays: SummingArrays) -> Array:
-        if arrays.shape(self.left)[2] > 1:
+        if arrays.shape(self.left)[2] != 1:
             return self.formed(arrays).coordinate_squares(arrays)
         # In the parameter's order of axes, so that nothing is transposed.
         ordered = self if self.rows <= self.columns else self.turned()
@@ -189,48 +187,3 @@ class Lookup:
     def coordinate_squares(self, arrays: SummingArrays) -> Array:
         found = lookups.coordinate_squares(arrays, self.ids, self.rows, self.shape[0])
         return arrays.reshape(found, self.shape)
-
-
-def together(arrays: Arrays, terms: Sequence[Term]) -> Squares | None:
-    """Return the squared norms of the sum of terms, None if it must be materialized."""
-    kinds = _by_kind(terms)
-    if kinds is None:
-        return None
-    products, taken = kinds
-    return shared_weights.squares(
-        arrays,
-        [(one.left, one.right) for one in products],
-        [(one.ids, one.rows) for one in taken],
-        terms[0].shape[0],
-    )
-
-
-def as_one(arrays: Arrays, terms: Sequence[Term]) -> Product | Lookup | None:
-    """Return the sum of terms as one of their kind, None if there is none."""
-    products, taken = _by_kind(terms) or ([], [])
-    if products and not taken:
-        sides = shared_weights.joined(arrays, [(one.left, one.right) for one in products], 2)
-        return replace(products[0], left=sides[0], right=sides[1])
-    if taken and not products:
-        return Lookup(
-            *shared_weights.joined(arrays, [(one.ids, one.rows) for one in taken], 1),
-            taken[0].shape,
-        )
-    return None
-
-
-def _by_kind(terms: Sequence[Term]) -> tuple[list[Product], list[Lookup]] | None:
-    """Return the uses as a matrix and those as a table, all in the same order of sides.
-
-    None if there are others, or their sides differ.
-    """
-    taken = [term for term in terms if isinstance(term, Lookup)]
-    products = [term for term in terms if isinstance(term, Product)]
-    if len(taken) + len(products) < len(terms):
-        return None
-    # Lookups decide which side is left.
-    first = (0,) if taken else products[0].rows
-    products = [one if one.rows == first else one.turned() for one in products]
-    kinds = {(one.blocks, one.rows, one.columns, one.shape) for one in products}
-    kinds |= {((), (0,), tuple(range(1, len(one.shape))), one.shape) for one in taken}
-    return (products, taken) if len(kinds) == 1 else None

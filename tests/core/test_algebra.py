@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from cabs.gradients import convolution, lookups, outer_products, shared_weights
 from cabs.gradients.arrays import NumpyArrays
 from cabs.gradients.convolution import Geometry
-from cabs.gradients.terms import Lookup, Materialized, Product, as_one
+from cabs.gradients.terms import Lookup, Materialized, Product
+from cabs.gradients.uses import Pulled, as_one, coordinate_squares, total_squares
 
 SIZE = st.integers(1, 5)
 SEED = st.integers(0, 2**31)
@@ -175,6 +176,81 @@ def test_uses_that_cancel_are_materialized():
     expected = norms_squared(product_loop(*pair)[:, 0] + lookup_loop(ids, rows, 100))
     found = shared_weights.squares(table(), [pair], [(ids, rows)], 100)
     np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+@st.composite
+def used(draw):
+    """Return uses of a parameter, each with its gradients, and what lies between."""
+    random = np.random.default_rng(draw(SEED))
+    n, k, h, parts = draw(SIZE), draw(SIZE), draw(SIZE), draw(st.integers(1, 3))
+    shape = (parts * k, h)
+
+    def part_of(number):
+        def pull(gradients):
+            whole = np.zeros((len(gradients), *shape))
+            whole[:, number * k : (number + 1) * k] = gradients
+            return whole
+
+        return pull
+
+    found = []
+    for _ in range(draw(st.integers(1, 4))):
+        kind, number = draw(st.sampled_from(KINDS)), draw(st.integers(0, parts - 1))
+        rows = k if "part" in kind else parts * k
+        t = draw(st.integers(1, 3))
+        left, right = random.normal(size=(n, 1, t, rows)), random.normal(size=(n, 1, t, h))
+        ids, taken = random.integers(0, rows, (n, t)), random.normal(size=(n, t, h))
+        if "lookup" in kind:
+            term, expected = Lookup(ids, taken, (rows, h)), lookup_loop(ids, taken, rows)
+        else:
+            expected = product_loop(left, right)[:, 0]
+            term = Product.of_matrix(left, right, (rows, h))
+        if "part" in kind:
+            pull, key = part_of(number), ("cut", number)
+            # One that does not say which part it is overlaps with others, as far as is known.
+            key = key if draw(st.booleans()) else None
+            term, expected = Pulled(term, pull, shape, True, key, key), pull(expected)
+        elif kind == "transposed":
+            back = Product(left, right, (h, rows), (), (1,), (0,))
+            term = Pulled(back, turned, shape, True, "turned")
+        elif kind == "scaled":
+            factors = random.normal(size=shape)
+            term, expected = Pulled(term, factors.__mul__, shape), factors * expected
+        found.append((term, expected))
+    return found
+
+
+KINDS = ("matrix", "lookup", "part", "lookup of a part", "transposed", "scaled")
+
+
+def turned(gradients):
+    return gradients.swapaxes(1, 2)
+
+
+@given(used(), CHUNK)
+def test_whatever_lies_between_a_parameter_and_its_uses(uses, chunk):
+    terms, expected = [term for term, _ in uses], sum(one for _, one in uses)
+    found = total_squares(table(chunk), terms)
+    np.testing.assert_allclose(found, norms_squared(expected), rtol=1e-8, atol=1e-12)
+    found = coordinate_squares(table(chunk), terms)[0]
+    np.testing.assert_allclose(found, (expected**2).sum(axis=0), rtol=1e-8, atol=1e-12)
+
+
+def test_parts_that_do_not_overlap_are_squared_by_themselves():
+    random = np.random.default_rng(0)
+
+    class Small(NumpyArrays):
+        def squares(self, array):
+            assert array.shape[1:] == (2, 3)
+            return super().squares(array)
+
+    def of_part(number):
+        term = Materialized(random.normal(size=(4, 2, 3)), (2, 3))
+        return Pulled(term, pytest.fail, (6, 3), True, number, ("split", number))
+
+    terms = [of_part(0), of_part(2)]
+    expected = sum(norms_squared(one.term.gradients) for one in terms)
+    np.testing.assert_allclose(total_squares(Small(), terms), expected)
 
 
 def convolution_loop(inputs, cotangents, geometry):

@@ -143,6 +143,57 @@ def test_uses_and_scales_and_samples_go_with_a_metric():
             assert float(statistics.gradient_norm_squared) == pytest.approx(norm, rel=1e-4)
 
 
+FORMS = {
+    "negated": lambda weight, x: tf.tanh(x @ -weight),
+    "negated, and as it is": lambda weight, x: tf.tanh(tf.tanh(x @ weight) @ -weight),
+    "split": lambda weight, x: tf.concat([tf.tanh(x @ some) for some in halves(weight)], -1),
+    "split, and whole": lambda weight, x: tf.tanh(tf.tanh(x @ weight) @ halves(weight)[0]),
+    "one half twice": lambda weight, x: tf.tanh(x @ halves(weight)[1]) + x @ halves(weight)[1],
+    "sliced with overlap": lambda weight, x: tf.tanh(x @ weight[:, :4]) + x @ weight[:, 2:],
+    "scaled": lambda weight, x: tf.tanh(x @ (2.0 * weight)),
+    "tied": lambda weight, x: tf.tanh(tf.gather(weight, ids_of(x)) @ weight) + x,
+    "looked up, negated": lambda weight, x: tf.tanh(tf.gather(-weight, ids_of(x))) * x,
+}
+
+
+def halves(weight):
+    return tf.split(weight, 2, axis=1)
+
+
+def ids_of(x):
+    return tf.cast(tf.round(10.0 * x[..., 0]), tf.int32) % 6
+
+
+@pytest.mark.parametrize("positions", [1, 40])
+@pytest.mark.parametrize("name", FORMS)
+def test_whatever_lies_between_a_variable_and_its_uses(name, positions):
+    random = np.random.default_rng(0)
+    weight = tf.Variable(random.standard_normal((6, 6)).astype(np.float32))
+    inputs = tf.constant(random.standard_normal((4, positions, 6)), tf.float32)
+    metric = lambda gradient, _: tf.abs(gradient) + 0.1  # noqa: E731
+
+    def losses_of_rows(inputs):
+        return tf.reduce_sum(tf.square(FORMS[name](weight, inputs)), [1, 2])
+
+    @tf.function
+    def step(optimizer):
+        with cabs_tensorflow.GradientTape() as tape:
+            losses = losses_of_rows(inputs)
+        return tape.gradient(losses, [weight], optimizer=optimizer)
+
+    rows = []
+    for at in range(4):
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_sum(losses_of_rows(inputs[at : at + 1]))
+        rows.append(tf.convert_to_tensor(tape.gradient(loss, weight)).numpy())
+    squares = np.stack(rows).astype(np.float64) ** 2
+    _, plain = step(None)
+    assert float(plain.group_square_sum) == pytest.approx(squares.sum(), rel=1e-4)
+    (gradient,), weighted = step(metric)
+    expected = (np.abs(tf.convert_to_tensor(gradient).numpy()) + 0.1) * squares
+    assert float(weighted.group_square_sum) == pytest.approx(expected.sum(), rel=1e-4)
+
+
 def test_one_product_is_not_materialized_and_exact():
     dense, inputs = keras.layers.Dense(3), tf.constant(np.eye(4, 5) + 0.5, tf.float32)
     dense.build((None, 5))

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import jax.numpy as jnp
 from jax import Array
 
 from cabs.gradients import shared_weights
 from cabs.gradients import terms as terms_of
+from cabs.gradients import uses as terms_of_uses
 from cabs.gradients.terms import Term
 from cabs_jax.norms.arrays import ARRAYS
 from cabs_jax.rules.parameter_gradients import Lookup
@@ -60,8 +60,7 @@ def coordinate_squares(
             sides = (_arranged(use, left, use.axes.left), _arranged(use, right, use.axes.right))
             axes = (tuple(sorted(known(some))) for some in use.axes)
             terms.append(terms_of.Product(*sides, tuple(shape), *axes))
-    term: Any = terms_of.as_one(ARRAYS, terms)
-    found: Array = term.coordinate_squares(ARRAYS)[0]
+    found: Array = terms_of_uses.coordinate_squares(ARRAYS, terms)[0]
     return found
 
 

@@ -64,6 +64,9 @@ class Convolution:
         parts, arranged = partial(self._parts, arrays), partial(self._arranged, arrays)
         return Formed(parts, self.operands, needed, arranged)
 
+    def coordinate_squares(self, arrays: TensorflowArrays) -> Any:
+        return self.formed(arrays).coordinate_squares(arrays)
+
     def spared(self) -> int:
         """Return how many products an example spares if its gradient is summed, too."""
         if None in (*self.inputs.shape[1:], *self.cotangents.shape[1:]):

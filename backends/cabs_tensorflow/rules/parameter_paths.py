@@ -16,13 +16,13 @@ import tensorflow as tf
 
 from cabs.gradients.layout import MixedError, Shape
 from cabs.gradients.terms import Materialized, Product, Term
+from cabs.gradients.uses import Pulled
 from cabs_tensorflow.graph.program import CALLS, Program, ancestors, copied
 from cabs_tensorflow.graph.symbolic_shapes import Sizes, is_source
 from cabs_tensorflow.norms.reductions import sizes_of
 from cabs_tensorflow.rules import batch_axis
 from cabs_tensorflow.rules.layout import Batch
 from cabs_tensorflow.rules.parameter_gradients import lookup
-from cabs_tensorflow.rules.uses import Pulled
 
 _CUTTING = frozenset("Slice Split SplitV StridedSlice Unpack".split())
 _REARRANGING = frozenset({*batch_axis.KEEPING, *_CUTTING, "Neg", "Transpose"})
@@ -165,7 +165,12 @@ class Shared:
                 return term
             pull = partial(_reshaped, sizes=sizes_of(value))
             return Pulled(term, pull, shape, True, ("Reshape", shape, term.shape))
-        return Pulled(term, _pull([operation], tensor, [value], shape), shape, True)
+        if name == "Neg":
+            return Pulled(term, tf.negative, shape)
+        how = (tensor.name, term.shape)
+        # Slices can overlap.
+        part = None if name in ("Slice", "StridedSlice") else (operation.name, tensor.value_index)
+        return Pulled(term, _pull([operation], tensor, [value], shape), shape, True, how, part)
 
     def _looked_up(self, batch: Batch, tensor: Any, term: Term, shape: Shape) -> Term:
         """Return the gradients of a table from which all examples take the same rows."""
