@@ -12,6 +12,7 @@ from typing import Any, Optional
 import tensorflow as tf
 
 from cabs import GradientStatistics
+from cabs_tensorflow.alike import both, check
 from cabs_tensorflow.norms.gradients import square_of
 from cabs_tensorflow.replicas import check_reduced, mark_own, replica_here
 
@@ -30,6 +31,7 @@ class PartialStatistics(tf.experimental.ExtensionType):
         shares: Of which replicas it holds groups, as :meth:`of_group` notes under a
             ``tf.distribute`` strategy of several; empty for numbers that are summed over them.
         replicas: How many replicas there are.
+        fingerprint: As :class:`BatchStatistics` has it.
 
     Example:
         Two microbatches of 2 and 4 examples, whose mean gradients are (3, 0) and (0, 3):
@@ -48,6 +50,7 @@ class PartialStatistics(tf.experimental.ExtensionType):
     estimated: tf.Tensor = 0
     shares: tuple[int, ...] = ()
     replicas: int = 1
+    fingerprint: Optional[tf.Tensor] = None  # noqa: UP045  (TensorFlow reads it)
 
     @classmethod
     def zero(cls, dtype: Any = tf.float32) -> PartialStatistics:
@@ -86,6 +89,7 @@ class PartialStatistics(tf.experimental.ExtensionType):
             self.estimated + other.estimated,
             tuple(sorted({*self.shares, *other.shares})),
             max(self.replicas, other.replicas),
+            both(self.fingerprint, other.fingerprint),
         )
 
     def complete(self, gradients: Any, *, loss: Any = None) -> BatchStatistics:
@@ -118,6 +122,7 @@ class PartialStatistics(tf.experimental.ExtensionType):
             tf.cast(square, self.dtype),
             self.estimated,
             loss,
+            fingerprint=self.fingerprint,
         )
 
     @property
@@ -139,6 +144,8 @@ class BatchStatistics(tf.experimental.ExtensionType):
             of them, int32.
         loss: Mean loss of the examples, None if it is not known.
         in_metric: Whether they are in the metric of an optimizer's step; None if nobody has said.
+        fingerprint: That of the controller, if all workers gave the same one to ``gradient``;
+            -1 less it, which is below 0, if they did not; None if there was none.
 
     See :class:`cabs.GradientStatistics` for what they tell.
 
@@ -163,11 +170,18 @@ class BatchStatistics(tf.experimental.ExtensionType):
     estimated: tf.Tensor = 0
     loss: Optional[tf.Tensor] = None  # noqa: UP045  (TensorFlow reads it)
     in_metric: Optional[bool] = None  # noqa: UP045
+    fingerprint: Optional[tf.Tensor] = None  # noqa: UP045
 
     @property
     def partial(self) -> PartialStatistics:
         """The part that can be added to that of other batches."""
-        return PartialStatistics(self.examples, self.groups, self.group_square_sum, self.estimated)
+        return PartialStatistics(
+            self.examples,
+            self.groups,
+            self.group_square_sum,
+            self.estimated,
+            fingerprint=self.fingerprint,
+        )
 
     @property
     def variance_trace(self) -> Any:
@@ -198,6 +212,7 @@ class BatchStatistics(tf.experimental.ExtensionType):
 
         Raises:
             TypeError: Inside of a ``tf.function``, where there are no numbers yet.
+            RuntimeError: On every worker, if their fingerprints differ.
             ValueError: If no gradients can have them, as :class:`cabs.GradientStatistics` says.
         """
         if not tf.executing_eagerly():
@@ -205,6 +220,7 @@ class BatchStatistics(tf.experimental.ExtensionType):
                 "statistics can be read once the tf.function that computes them has returned; "
                 "return them from it"
             )
+        check(self.fingerprint)
         return GradientStatistics(
             int(self.examples),
             int(self.groups),

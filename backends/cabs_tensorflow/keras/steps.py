@@ -32,7 +32,14 @@ class Measured(NamedTuple):
 
 
 def measure(
-    model: Any, x: Any, y: Any, sample_weight: Any, sample: int | None, *, in_metric: bool
+    model: Any,
+    x: Any,
+    y: Any,
+    sample_weight: Any,
+    sample: int | None,
+    *,
+    in_metric: bool,
+    fingerprint: Any,
 ) -> Measured:
     """Return what a step finds with the statistics of single examples."""
     with GradientTape() as tape:
@@ -49,6 +56,7 @@ def measure(
             sample=sample,
             loss_scale=model.optimizer.scale_loss(1.0),
             all_reduce=True,
+            fingerprint=fingerprint,
             optimizer=model.optimizer if in_metric else None,
         )
     except UncoveredParameterError as error:
@@ -67,7 +75,7 @@ def measure(
 
 
 def measure_microbatches(
-    model: Any, x: Any, y: Any, sample_weight: Any, microbatches: int
+    model: Any, x: Any, y: Any, sample_weight: Any, microbatches: int, *, fingerprint: Any
 ) -> Measured:
     """Return what a step finds with ``microbatches`` of them, whose sizes differ by one at most.
 
@@ -108,21 +116,24 @@ def measure_microbatches(
         total = tf.nest.map_structure(tf.add, total, more, expand_composites=True)
     part, loss, *gradients = (total.pop(0) if one else None for one in there)
     if replicas > 1:
-        part, loss, gradients = _of_all(part, loss, gradients)
+        part, loss, gradients = _of_all(part, loss, gradients, fingerprint)
     statistics = part.complete(_times(1 / scale, gradients), loss=loss)  # type: ignore[union-attr]
     return Measured(gradients, statistics, loss, model.get_metrics_result())
 
 
-def _of_all(part: Any, loss: Any, gradients: list[Any]) -> tuple[Any, Any, list[Any]]:
+def _of_all(
+    part: Any, loss: Any, gradients: list[Any], fingerprint: Any
+) -> tuple[Any, Any, list[Any]]:
     """Return the part of all replicas, and the means over all examples, from those of one."""
     # An empty share is no group.
     numbers = [tf.minimum(part.groups, part.examples), part.group_square_sum]
     numbers.append(tf.cast(loss, part.dtype) * tf.cast(part.examples, part.dtype))
     there = [one for one in gradients if one is not None]
-    (examples, groups, squares, loss_sum), reduced = summed(
-        [tf.cast(one, part.dtype) for one in numbers], there, part.examples
+    (examples, groups, squares, loss_sum), reduced, told = summed(
+        [tf.cast(one, part.dtype) for one in numbers], there, part.examples, fingerprint
     )
-    whole = PartialStatistics(tf.cast(examples, tf.int32), tf.cast(groups, tf.int32), squares)
+    counts = [tf.cast(one, tf.int32) for one in (examples, groups)]
+    whole = PartialStatistics(*counts, squares, fingerprint=told)
     means = iter(reduced)
     return whole, loss_sum / examples, [None if one is None else next(means) for one in gradients]
 
@@ -168,7 +179,7 @@ def _unmasked_shares(model: Any, x: Any, y: Any) -> list[Any] | None:
     count = tf.cast(_examples(x), tf.float64)
     # Nothing is known of an empty share.
     own = [tf.math.multiply_no_nan(one, count) for one in found]
-    (total, *sums), _ = summed(own, [], count)
+    (total, *sums), *_ = summed(own, [], count)
     return [one / total for one in sums]
 
 
