@@ -14,28 +14,37 @@ BITS = 20
 """How many a fingerprint has."""
 
 
-def checked(fingerprint: Any) -> Any:
-    """Return a fingerprint as a tensor, int32, shape ().
+def checked(value: Any, name: str, said: str, dtype: Any) -> Any:
+    """Return what a step is given as a tensor, shape ().
+
+    Args:
+        value: The number, None if there is none.
+        name: What it is called.
+        said: What gives it.
+        dtype: tf.int32, or a floating type.
 
     Raises:
-        TypeError: If it is no integer tensor.
+        TypeError: If it is no tensor of such numbers.
         ValueError: If it is not of shape (), or the same in each run of the function.
     """
-    is_tensor = tf.is_tensor(fingerprint) or isinstance(fingerprint, tf.Variable)
-    if not is_tensor or not fingerprint.dtype.is_integer:
+    if value is None:
+        return None
+    kind = "integer" if dtype.is_integer else "float"
+    is_tensor = tf.is_tensor(value) or isinstance(value, tf.Variable)
+    if not is_tensor or value.dtype.is_integer != dtype.is_integer:
         raise TypeError(
-            "fingerprint must be an integer tensor that the compiled step takes as an argument, "
-            f"got {fingerprint!r}; pass controller.fingerprint to the step, whose input_signature "
-            "has tf.TensorSpec([], tf.int32) for it"
+            f"{name} must be a tensor, {kind}, that the compiled step takes as an argument, got "
+            f"{value!r}; pass {said} to the step, whose input_signature has tf.TensorSpec([], "
+            f"{dtype!r}) for it"
         )
-    fingerprint = tf.convert_to_tensor(fingerprint)
-    if fingerprint.shape.rank != 0 or tf.get_static_value(fingerprint) is not None:
+    value = tf.convert_to_tensor(value)
+    if value.shape.rank != 0 or tf.get_static_value(value) is not None:
         raise ValueError(
-            "fingerprint must be one number that the compiled step takes as an argument, since a "
-            f"constant stays as it was when the step was traced, got {fingerprint!r}; pass "
-            "controller.fingerprint to the step"
+            f"{name} must be one number that the compiled step takes as an argument, since a "
+            f"constant stays as it was when the step was traced, got {value!r}; pass {said} to "
+            "the step"
         )
-    return tf.cast(fingerprint, tf.int32)
+    return tf.cast(value, dtype)
 
 
 def bits_of(fingerprint: Any, dtype: Any) -> Any:

@@ -101,6 +101,11 @@ def summed(
     return [total, *rest], averaged, fingerprint
 
 
+def mean_of(sums: Sequence[Any]) -> Any:
+    """Return the mean over replicas of the one number that was summed; None if there is none."""
+    return sums[0] / replica_here()[1] if sums else None
+
+
 def mean_of_all(values: Any) -> Any:
     """Return the mean of a tensor's elements over all replicas; here alone where there is one."""
     if replica_here()[1] == 1:

@@ -6,6 +6,7 @@ replica out of several are never taken for those of the batch.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, Optional
 
@@ -237,6 +238,43 @@ class BatchStatistics(tf.experimental.ExtensionType):
             "mean of squared norms. Write (a.partial + b.partial).complete(gradients) with the "
             "gradient averaged over all examples"
         )
+
+
+class TotalStatistics(BatchStatistics):
+    """Statistics of all workers' examples, with what their clocks say, from which all decide alike.
+
+    Args:
+        seconds: What the step before took, the mean over replicas, float; ``nan`` where one of them
+            did not know.
+    """
+
+    seconds: tf.Tensor = float("nan")
+
+    @property
+    def seconds_before(self) -> float | None:
+        """The same as a Python number, None where it is not known; waits for it.
+
+        Raises:
+            RuntimeError: On every worker, if their fingerprints differ.
+        """
+        check(self.fingerprint)
+        seconds = float(self.seconds)
+        return None if math.isnan(seconds) else seconds
+
+
+def timed(statistics: BatchStatistics, seconds: Any) -> TotalStatistics:
+    """Return statistics with the mean of what the replicas' clocks say."""
+    return TotalStatistics(
+        statistics.examples,
+        statistics.groups,
+        statistics.group_square_sum,
+        statistics.gradient_norm_squared,
+        statistics.estimated,
+        statistics.loss,
+        statistics.in_metric,
+        statistics.fingerprint,
+        seconds,
+    )
 
 
 def _flat(gradients: Any) -> Sequence[Any]:

@@ -128,11 +128,38 @@ def test_a_fingerprint_that_would_stay_as_it_was_traced_is_refused(request, stra
 
     with pytest.raises(TypeError, match=r"an argument, got 5; pass controller\.fingerprint"):
         step(5)
-    with pytest.raises(TypeError, match=r"must be an integer tensor"):
+    with pytest.raises(TypeError, match="must be a tensor, integer,"):
         step(tf.constant(5.0))
     for constant in (tf.constant(5), np.array([5, 6])):
         with pytest.raises((ValueError, TypeError), match=r"takes as an argument"):
             step(constant)
+
+
+@pytest.mark.parametrize(("own", "mean"), [((1.0, 4.0), 2.5), ((1.0, np.nan), None)])
+def test_seconds_are_the_mean_of_all_replicas_and_unknown_if_one_is(mirrored, own, mean):
+    with mirrored.scope():
+        weight = variable(0, 4, 3)
+
+    @tf.function
+    def step(x, seconds):
+        def replica(x, seconds):
+            with cabs_tensorflow.GradientTape() as tape:
+                losses = tf.reduce_sum(tf.tanh(x @ weight), axis=1)
+            return tape.gradient(losses, [weight], all_reduce=True, seconds=seconds)[1]
+
+        return mirrored.experimental_local_results(mirrored.run(replica, (x, seconds)))
+
+    controllers = [cabs.Controller(rule=cabs.Progress()) for _ in range(2)]
+    for said, expected in (((np.nan, np.nan), None), (own, mean)):
+        each = mirrored.experimental_distribute_values_from_function(
+            lambda here, said=said: tf.constant(said[here.replica_id_in_sync_group])
+        )
+        for controller, one in zip(controllers, step(draw(1, 8, 4), each), strict=True):
+            assert one.seconds_before == expected
+            decision = controller.update(one, learning_rate=0.1, seconds=0.5)
+            assert decision.observation.seconds == expected
+    with pytest.raises(TypeError, match=r"seconds must be a tensor, float,.* got 0\.5"):
+        tf.function(step.python_function)(draw(1, 8, 4), 0.5)
 
 
 def test_a_variable_that_the_host_sets_is_compared(mirrored):

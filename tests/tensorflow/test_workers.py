@@ -12,14 +12,21 @@ from tests.tensorflow.test_fitting_on_replicas import INPUTS, LABELS, fit
 from tests.tensorflow.test_strategies import train
 from tests.tensorflow.workers import run
 
+pytestmark = pytest.mark.slow
+
 ALONE = tf.distribute.get_strategy()
 
 
 @pytest.fixture(scope="module")
 def found():
     """Return what each worker found."""
-    places = ("compared:compared", "test_distributed_datasets:drawn_by_workers")
-    return run(*(f"tests.tensorflow.{one}" for one in (*places, "test_strategies:of_workers")))
+    places = (
+        "compared:compared",
+        "compared:timed",
+        "test_distributed_datasets:drawn_by_workers",
+        "test_strategies:of_workers",
+    )
+    return run(*(f"tests.tensorflow.{one}" for one in places))
 
 
 def test_workers_train_as_one(found):
@@ -62,3 +69,17 @@ def test_datasets_of_workers_have_the_lag_of_replicas(found, name):
     assert [told, numbers] == other[1:]
     steps = [list(chain(*both)) for both in zip(steps, other[0], strict=True)]
     assert_lags(name, steps, told, numbers)
+
+
+@pytest.mark.parametrize("name", ["loop", "fit", "fit in groups"])
+def test_workers_whose_clocks_differ_take_the_mean_of_the_step_before(found, name):
+    (sizes, error, seen, cost), other = (one["timed"][name] for one in found)
+    assert [sizes, error, seen, cost] == other
+    assert error is None
+    # A watch shows nothing at its first lap, which in fit is before the first step.
+    first = 2 if name == "loop" else 1
+    laps = 2e-3 * (1 + np.arange(len(sizes) - first))
+    assert seen[:first] == [None] * first
+    np.testing.assert_allclose(seen[first:], laps, rtol=1e-6)
+    assert max(sizes) > 8
+    assert cost is not None

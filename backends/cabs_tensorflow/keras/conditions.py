@@ -43,15 +43,6 @@ def has_several_workers(model: Any) -> bool:
     return bool(replicas > 1 and replicas > len(strategy.extended.worker_devices))
 
 
-def check_clock(model: Any, rule: Any) -> None:
-    """Raise ValueError for a rule that takes the time of a step, where each worker has its own."""
-    if rule.needs_clock and has_several_workers(model):
-        raise ValueError(
-            f"the clocks of several workers differ, and with them what workers decide, got {rule}; "
-            "name the cost of a step, as cabs.Progress(overhead=512)"
-        )
-
-
 def check_compiled(model: Any, microbatches: int | None) -> None:
     """Raise ValueError for a model whose steps could not be measured, and say what to do.
 

@@ -15,6 +15,8 @@ import tensorflow as tf
 from cabs import Controller, RunLog, Stopwatch
 from cabs.control import DebiasedAverage, Decision, noise_scale_rule
 from cabs_tensorflow.data.drawn import Drawn
+from cabs_tensorflow.keras.steps import Given
+from cabs_tensorflow.statistics import TotalStatistics
 
 
 class Feed:
@@ -25,10 +27,10 @@ class Feed:
         self.drawn: Drawn | None = None
         """Where batches come from, while that is known."""
         self._order: Any = None
-        self.fingerprint: Any = None
-        """The tensor of a step for it, while that is traced and there are several workers."""
+        self.given: Given = {}
+        """The tensors of a step for it, while that is traced and there are several workers."""
         self._controller, self._log = controller, log
-        self.rule = rule = controller.configuration.rule
+        rule = controller.configuration.rule
         self.in_metric = bool(rule.in_metric)
         """Whether the rule takes norms in the metric of the optimizer's step."""
         self._watch = Stopwatch() if rule.needs_clock else None
@@ -44,18 +46,29 @@ class Feed:
         if self._watch is not None:
             self._watch.lap()
 
-    def fingerprint_of(self, examples: int) -> Any:
-        """Return what a step of so many examples is given for its fingerprint, int32, shape ()."""
+    def of_step(self, examples: int) -> Given:
+        """Return what a step of so many examples is given, where there are several workers."""
         # From the same order, batches of the same sizes are the same batches.
         said = self._controller.fingerprint, self._order, examples
-        return tf.constant(zlib.crc32(repr(said).encode()) >> 12, tf.int32)
+        fingerprint = zlib.crc32(repr(said).encode()) >> 12
+        own = self._controller.own_seconds
+        # Whatever the rule, or the sums of workers whose rules differ would not be of one shape.
+        seconds = math.nan if own is None else own
+        return {
+            "fingerprint": tf.constant(fingerprint, tf.int32),
+            "seconds": tf.constant(seconds, tf.float32),
+        }
 
     def __call__(self, statistics: Any, loss: Any, rate: Any) -> dict[str, float]:
         """Feed the controller, and return what to log."""
         found = statistics.read()
+        is_timed = self._watch is not None and isinstance(statistics, TotalStatistics)
         trace, square = found.variance_trace, found.expected_gradient_norm_squared
         self.decision = self._controller.update(
-            found, learning_rate=rate, loss=float(loss), seconds=self._watch
+            statistics if is_timed else found,
+            learning_rate=rate,
+            loss=float(loss),
+            seconds=self._watch,
         )
         if self._log is not None:
             self._log.write(self.decision, examples=found.examples)

@@ -18,16 +18,11 @@ from cabs import Controller, RunLog
 from cabs.control import Decision
 from cabs.values.scalars import as_integer
 from cabs_tensorflow.data.drawn import drawn_by
-from cabs_tensorflow.keras.conditions import (
-    check_clock,
-    check_compiled,
-    has_several_workers,
-    is_overridden,
-)
+from cabs_tensorflow.keras.conditions import check_compiled, has_several_workers, is_overridden
 from cabs_tensorflow.keras.epochs import run_epochs, with_class_weights
 from cabs_tensorflow.keras.feed import Feed
 from cabs_tensorflow.keras.losses import compiled_losses
-from cabs_tensorflow.keras.steps import measure, measure_microbatches
+from cabs_tensorflow.keras.steps import Given, measure, measure_microbatches
 from cabs_tensorflow.optimizers import learning_rate
 from cabs_tensorflow.replicas import apply, share_of
 
@@ -243,15 +238,12 @@ class AdaptiveBatchSize(_Model):
     def train_step(self, data: Any) -> dict[str, Any]:
         """Take one step, in a function that is traced for all sizes of batches at once."""
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(share_of(data))
-        fingerprint = None if self._feed is None else self._feed.fingerprint
+        given: Given = {} if self._feed is None else self._feed.given
         if self._microbatches is None:
             in_metric = self._feed is not None and self._feed.in_metric
-            how: dict[str, Any] = {"in_metric": in_metric, "fingerprint": fingerprint}
-            measured = measure(self, x, y, sample_weight, self._sample, **how)
+            measured = measure(self, x, y, sample_weight, self._sample, in_metric, given)
         else:
-            measured = measure_microbatches(
-                self, x, y, sample_weight, self._microbatches, fingerprint=fingerprint
-            )
+            measured = measure_microbatches(self, x, y, sample_weight, self._microbatches, given)
         # Read before the step moves a schedule on.
         rate = learning_rate(self.optimizer)
         apply(self.optimizer, measured.gradients, self.trainable_variables)
@@ -271,17 +263,16 @@ class AdaptiveBatchSize(_Model):
                 f"model {self.name!r} has no controller; call follow(controller) before fit"
             )
         check_compiled(self, self._microbatches)
-        check_clock(self, self._feed.rule)
         strategy, feed = self.distribute_strategy, self._feed
         is_compared = has_several_workers(self)
 
-        def of_replicas(data: Any, fingerprint: Any) -> dict[str, Any]:
+        def of_replicas(data: Any, given: Given) -> dict[str, Any]:
             # Under the signature that Keras gives a train_step there is no place for it.
-            feed.fingerprint = fingerprint
+            feed.given = given
             try:
                 found = strategy.run(self.train_step, (data,))
             finally:
-                feed.fingerprint = None
+                feed.given = {}
             first = strategy.experimental_local_results(found)[0]
             with strategy.scope():
                 # What each replica has counted, added up.
@@ -301,7 +292,7 @@ class AdaptiveBatchSize(_Model):
         # drew the batch, as in Keras, the end of the data would move on what needs none of it, such
         # as the count of steps.
         unpacked = tf.function(
-            lambda batch, fingerprint: compiled(batch.get_value(), fingerprint), autograph=False
+            lambda batch, given: compiled(batch.get_value(), given), autograph=False
         )
 
         def step(iterator: Any) -> dict[str, Any]:
@@ -312,8 +303,8 @@ class AdaptiveBatchSize(_Model):
             examples = len(tf.nest.flatten(batch.get_value() if is_dataset else batch)[0])
             if is_dataset and feed.drawn is not None:
                 feed.drawn.give(examples)
-            fingerprint = feed.fingerprint_of(examples) if is_compared else None
-            logs = dict((unpacked if is_dataset else compiled)(batch, fingerprint))
+            given = feed.of_step(examples) if is_compared else {}
+            logs = dict((unpacked if is_dataset else compiled)(batch, given))
             logs.update(feed(*logs.pop(_MEASURED)))
             return logs
 

@@ -15,9 +15,12 @@ import tensorflow as tf
 from cabs.gradients.errors import UncoveredParameterError
 from cabs_tensorflow.keras.conditions import check_masks, check_unchanged, is_overridden
 from cabs_tensorflow.keras.losses import compiled_losses, may_be_masked, unmasked_shares
-from cabs_tensorflow.replicas import replica_here, summed
-from cabs_tensorflow.statistics import BatchStatistics, PartialStatistics
+from cabs_tensorflow.replicas import mean_of, replica_here, summed
+from cabs_tensorflow.statistics import BatchStatistics, PartialStatistics, timed
 from cabs_tensorflow.tape import GradientTape
+
+Given = dict[str, Any]
+"""What workers compare, and what their clocks say, as ``GradientTape.gradient`` takes it."""
 
 
 class Measured(NamedTuple):
@@ -37,9 +40,8 @@ def measure(
     y: Any,
     sample_weight: Any,
     sample: int | None,
-    *,
     in_metric: bool,
-    fingerprint: Any,
+    given: Given,
 ) -> Measured:
     """Return what a step finds with the statistics of single examples."""
     with GradientTape() as tape:
@@ -56,8 +58,8 @@ def measure(
             sample=sample,
             loss_scale=model.optimizer.scale_loss(1.0),
             all_reduce=True,
-            fingerprint=fingerprint,
             optimizer=model.optimizer if in_metric else None,
+            **given,
         )
     except UncoveredParameterError as error:
         error.add_note(
@@ -75,7 +77,7 @@ def measure(
 
 
 def measure_microbatches(
-    model: Any, x: Any, y: Any, sample_weight: Any, microbatches: int, *, fingerprint: Any
+    model: Any, x: Any, y: Any, sample_weight: Any, microbatches: int, given: Given
 ) -> Measured:
     """Return what a step finds with ``microbatches`` of them, whose sizes differ by one at most.
 
@@ -115,27 +117,32 @@ def measure_microbatches(
         )
         total = tf.nest.map_structure(tf.add, total, more, expand_composites=True)
     part, loss, *gradients = (total.pop(0) if one else None for one in there)
+    seconds = None
     if replicas > 1:
-        part, loss, gradients = _of_all(part, loss, gradients, fingerprint)
+        part, loss, gradients, seconds = _of_all(part, loss, gradients, **given)
     statistics = part.complete(_times(1 / scale, gradients), loss=loss)  # type: ignore[union-attr]
+    if seconds is not None:
+        statistics = timed(statistics, seconds)
     return Measured(gradients, statistics, loss, model.get_metrics_result())
 
 
 def _of_all(
-    part: Any, loss: Any, gradients: list[Any], fingerprint: Any
-) -> tuple[Any, Any, list[Any]]:
-    """Return the part of all replicas, and the means over all examples, from those of one."""
+    part: Any, loss: Any, gradients: list[Any], fingerprint: Any = None, seconds: Any = None
+) -> tuple[Any, Any, list[Any], Any]:
+    """Return the part of all replicas, the means over all examples, and that of the seconds."""
     # An empty share is no group.
     numbers = [tf.minimum(part.groups, part.examples), part.group_square_sum]
     numbers.append(tf.cast(loss, part.dtype) * tf.cast(part.examples, part.dtype))
+    numbers += [] if seconds is None else [seconds]
     there = [one for one in gradients if one is not None]
-    (examples, groups, squares, loss_sum), reduced, told = summed(
+    (examples, groups, squares, loss_sum, *clock), reduced, told = summed(
         [tf.cast(one, part.dtype) for one in numbers], there, part.examples, fingerprint
     )
     counts = [tf.cast(one, tf.int32) for one in (examples, groups)]
     whole = PartialStatistics(*counts, squares, fingerprint=told)
     means = iter(reduced)
-    return whole, loss_sum / examples, [None if one is None else next(means) for one in gradients]
+    gradients = [None if one is None else next(means) for one in gradients]
+    return whole, loss_sum / examples, gradients, mean_of(clock)
 
 
 def _unmasked_shares(model: Any, x: Any, y: Any) -> list[Any] | None:
