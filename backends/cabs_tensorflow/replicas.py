@@ -12,6 +12,7 @@ from typing import Any
 
 import tensorflow as tf
 
+from cabs_tensorflow.alike import bits_of, told
 from cabs_tensorflow.graph.symbolic_shapes import SHARE
 from cabs_tensorflow.norms import reductions
 
@@ -25,7 +26,8 @@ def share_of(batch: Any) -> Any:
     Each replica is given the whole batch, as ``strategy.run(replica, (x, y))`` does with tensors,
     and cuts its own examples out of it on the host. Shares differ by one example at most, and are
     empty where there are fewer examples than replicas. With several workers, each draws the same
-    batches: give all the same seed and the same settings.
+    batches: give all the same seed and the same settings, and ``fingerprint`` to
+    :meth:`GradientTape.gradient`.
 
     Args:
         batch: A nest of tensors with the examples along their first axes; None is left as it is.
@@ -59,9 +61,9 @@ def share_of(batch: Any) -> Any:
 
 
 def summed(
-    numbers: Sequence[Any], gradients: Sequence[Any], examples: Any
-) -> tuple[list[Any], list[Any]]:
-    """Return numbers summed over the replicas, and gradients averaged over all examples.
+    numbers: Sequence[Any], gradients: Sequence[Any], examples: Any, fingerprint: Any = None
+) -> tuple[list[Any], list[Any], Any]:
+    """Return numbers summed over the replicas, gradients averaged over all examples, what is told.
 
     Tensors of one type go in one ``all_reduce``, which packs them: where numbers and gradients are
     of one type, there is no collective beside that of the gradients.
@@ -70,9 +72,13 @@ def summed(
         numbers: Tensors of shape () and one type.
         gradients: The mean gradients of this replica's share, which may be ``tf.IndexedSlices``.
         examples: How many examples this replica has, int32.
+        fingerprint: That of this worker's controller, int32, to be compared; None for no
+            comparison, of which nothing is told.
     """
     context = tf.distribute.get_replica_context()
     together = tf.stack([tf.cast(examples, numbers[0].dtype), *numbers])
+    if fingerprint is not None:
+        together = tf.concat([together, bits_of(fingerprint, together.dtype)], 0)
     # In half precision a sum over examples could overflow where their mean does not.
     own = [together, *(_times(_wide(one), examples) for one in gradients)]
     sums: list[Any] = [None] * len(own)
@@ -82,7 +88,9 @@ def summed(
         found = context.all_reduce("SUM", [own[place] for place in places])
         for place, one in zip(places, found, strict=True):
             sums[place] = one
-    total, *rest = tf.unstack(sums[0])
+    if fingerprint is not None:
+        fingerprint = told(fingerprint, sums[0][1 + len(numbers) :], context.num_replicas_in_sync)
+    total, *rest = tf.unstack(sums[0][: 1 + len(numbers)])
     averaged = []
     for one, gradient in zip(sums[1:], gradients, strict=True):
         one = tf.cast(_times(one, 1 / tf.cast(total, one.dtype)), gradient.dtype)
@@ -90,7 +98,12 @@ def summed(
             # Rows of several replicas lie behind each other, and have lost their size.
             one.values.set_shape([None, *gradient.values.shape[1:]])
         averaged.append(one)
-    return [total, *rest], averaged
+    return [total, *rest], averaged, fingerprint
+
+
+def mean_of(sums: Sequence[Any]) -> Any:
+    """Return the mean over replicas of the one number that was summed; None if there is none."""
+    return sums[0] / replica_here()[1] if sums else None
 
 
 def mean_of_all(values: Any) -> Any:

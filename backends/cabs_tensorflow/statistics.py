@@ -6,12 +6,14 @@ replica out of several are never taken for those of the batch.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, Optional
 
 import tensorflow as tf
 
 from cabs import GradientStatistics
+from cabs_tensorflow.alike import both, check
 from cabs_tensorflow.norms.gradients import square_of
 from cabs_tensorflow.replicas import check_reduced, mark_own, replica_here
 
@@ -30,6 +32,7 @@ class PartialStatistics(tf.experimental.ExtensionType):
         shares: Of which replicas it holds groups, as :meth:`of_group` notes under a
             ``tf.distribute`` strategy of several; empty for numbers that are summed over them.
         replicas: How many replicas there are.
+        fingerprint: As :class:`BatchStatistics` has it.
 
     Example:
         Two microbatches of 2 and 4 examples, whose mean gradients are (3, 0) and (0, 3):
@@ -48,6 +51,7 @@ class PartialStatistics(tf.experimental.ExtensionType):
     estimated: tf.Tensor = 0
     shares: tuple[int, ...] = ()
     replicas: int = 1
+    fingerprint: Optional[tf.Tensor] = None  # noqa: UP045  (TensorFlow reads it)
 
     @classmethod
     def zero(cls, dtype: Any = tf.float32) -> PartialStatistics:
@@ -86,6 +90,7 @@ class PartialStatistics(tf.experimental.ExtensionType):
             self.estimated + other.estimated,
             tuple(sorted({*self.shares, *other.shares})),
             max(self.replicas, other.replicas),
+            both(self.fingerprint, other.fingerprint),
         )
 
     def complete(self, gradients: Any, *, loss: Any = None) -> BatchStatistics:
@@ -118,6 +123,7 @@ class PartialStatistics(tf.experimental.ExtensionType):
             tf.cast(square, self.dtype),
             self.estimated,
             loss,
+            fingerprint=self.fingerprint,
         )
 
     @property
@@ -139,6 +145,8 @@ class BatchStatistics(tf.experimental.ExtensionType):
             of them, int32.
         loss: Mean loss of the examples, None if it is not known.
         in_metric: Whether they are in the metric of an optimizer's step; None if nobody has said.
+        fingerprint: That of the controller, if all workers gave the same one to ``gradient``;
+            -1 less it, which is below 0, if they did not; None if there was none.
 
     See :class:`cabs.GradientStatistics` for what they tell.
 
@@ -163,11 +171,18 @@ class BatchStatistics(tf.experimental.ExtensionType):
     estimated: tf.Tensor = 0
     loss: Optional[tf.Tensor] = None  # noqa: UP045  (TensorFlow reads it)
     in_metric: Optional[bool] = None  # noqa: UP045
+    fingerprint: Optional[tf.Tensor] = None  # noqa: UP045
 
     @property
     def partial(self) -> PartialStatistics:
         """The part that can be added to that of other batches."""
-        return PartialStatistics(self.examples, self.groups, self.group_square_sum, self.estimated)
+        return PartialStatistics(
+            self.examples,
+            self.groups,
+            self.group_square_sum,
+            self.estimated,
+            fingerprint=self.fingerprint,
+        )
 
     @property
     def variance_trace(self) -> Any:
@@ -198,6 +213,7 @@ class BatchStatistics(tf.experimental.ExtensionType):
 
         Raises:
             TypeError: Inside of a ``tf.function``, where there are no numbers yet.
+            RuntimeError: On every worker, if their fingerprints differ.
             ValueError: If no gradients can have them, as :class:`cabs.GradientStatistics` says.
         """
         if not tf.executing_eagerly():
@@ -205,6 +221,7 @@ class BatchStatistics(tf.experimental.ExtensionType):
                 "statistics can be read once the tf.function that computes them has returned; "
                 "return them from it"
             )
+        check(self.fingerprint)
         return GradientStatistics(
             int(self.examples),
             int(self.groups),
@@ -221,6 +238,43 @@ class BatchStatistics(tf.experimental.ExtensionType):
             "mean of squared norms. Write (a.partial + b.partial).complete(gradients) with the "
             "gradient averaged over all examples"
         )
+
+
+class TotalStatistics(BatchStatistics):
+    """Statistics of all workers' examples, with what their clocks say, from which all decide alike.
+
+    Args:
+        seconds: What the step before took, the mean over replicas, float; ``nan`` where one of them
+            did not know.
+    """
+
+    seconds: tf.Tensor = float("nan")
+
+    @property
+    def seconds_before(self) -> float | None:
+        """The same as a Python number, None where it is not known; waits for it.
+
+        Raises:
+            RuntimeError: On every worker, if their fingerprints differ.
+        """
+        check(self.fingerprint)
+        seconds = float(self.seconds)
+        return None if math.isnan(seconds) else seconds
+
+
+def timed(statistics: BatchStatistics, seconds: Any) -> TotalStatistics:
+    """Return statistics with the mean of what the replicas' clocks say."""
+    return TotalStatistics(
+        statistics.examples,
+        statistics.groups,
+        statistics.group_square_sum,
+        statistics.gradient_norm_squared,
+        statistics.estimated,
+        statistics.loss,
+        statistics.in_metric,
+        statistics.fingerprint,
+        seconds,
+    )
 
 
 def _flat(gradients: Any) -> Sequence[Any]:

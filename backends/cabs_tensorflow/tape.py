@@ -14,12 +14,13 @@ from typing import Any, Self
 import tensorflow as tf
 
 from cabs.values.scalars import as_integer
+from cabs_tensorflow.alike import checked
 from cabs_tensorflow.measure import Measurement
 from cabs_tensorflow.norms import reductions
 from cabs_tensorflow.norms.gradients import square_in, square_of
 from cabs_tensorflow.optimizers import metric_of, weights_of
-from cabs_tensorflow.replicas import check_seen, summed
-from cabs_tensorflow.statistics import BatchStatistics
+from cabs_tensorflow.replicas import check_seen, mean_of, summed
+from cabs_tensorflow.statistics import BatchStatistics, timed
 
 # AutoGraph would look for loops over tensors here.
 _as_it_is = tf.autograph.experimental.do_not_convert
@@ -94,6 +95,8 @@ class GradientTape:
         loss_scale: Any = None,
         optimizer: Any = None,
         all_reduce: bool = False,
+        fingerprint: Any = None,
+        seconds: Any = None,
         bitwise: bool = False,
     ) -> tuple[Any, BatchStatistics]:
         r"""Return the gradients of the mean loss, and their statistics.
@@ -117,27 +120,38 @@ class GradientTape:
                 tracing, one may be empty. Every replica has the same gradients and statistics.
                 They are reduced: give them to :func:`cabs_tensorflow.apply`. All replicas must
                 call it. With one replica it says nothing.
+            fingerprint: With ``all_reduce=True``, ``controller.fingerprint`` as the compiled step
+                was given it, an integer tensor, shape (), to notice that workers' controllers
+                differ: it is compared in the same sum, and ``statistics.read()`` raises on every
+                worker where it is not the same on all. Give it on all workers or on none.
+            seconds: Beside it, where the rule measures what a step costs, what the step before took
+                on this worker's clock, ``controller.own_seconds``, in the same way, a float tensor,
+                shape (), ``nan`` for None. The rule then takes the mean of all.
             bitwise: Whether gradients are those of ``tf.GradientTape`` to the bit, and not to
                 rounding: it then computes all of them itself, which takes longer.
 
         Returns:
             ``(gradients, statistics)``: gradients in the structure of ``sources``, as
             ``tf.GradientTape.gradient`` returns them, and a
-            :class:`cabs_tensorflow.BatchStatistics`.
+            :class:`cabs_tensorflow.BatchStatistics`; with ``seconds_before``, the mean of all,
+            where several replicas have given seconds.
 
         Raises:
-            TypeError: If the losses are no tensor of real numbers, or the optimizer's step is not
-                known.
+            TypeError: If the losses are no tensor of real numbers, fingerprint or seconds are no
+                tensor, or the optimizer's step is not known.
             ValueError: If the losses have not shape (m,), with m at least 2, belong to another
                 function, or depend on none of the sources; if ``sample`` is below 1; on one of
                 several replicas of a ``tf.distribute`` strategy without ``all_reduce=True``, or
-                with it and an optimizer; or if the optimizer is not built.
+                with it and an optimizer; if fingerprint or seconds are constant; or if the
+                optimizer is not built.
             UncoveredParameterError: If the statistics of a variable cannot be computed exactly;
                 it names the variable and the operation.
         """
         flat = tf.nest.flatten(sources)
         is_shared = check_seen(flat, all_reduce=all_reduce)
         _check(losses, sample)
+        fingerprint = checked(fingerprint, "fingerprint", "controller.fingerprint", tf.int32)
+        seconds = checked(seconds, "seconds", "controller.own_seconds", tf.float32)
         leaves = list({_key(leaf): leaf for leaf in flat}.values())
         seen = self._graph.get_operations()[self._before : self._until]
         recorded = frozenset(operation.name for operation in seen)
@@ -197,10 +211,13 @@ class GradientTape:
         total *= share / scale
         mean_loss = tf.reduce_mean(reductions.wide(losses))
         estimated = examples - measurement.taken
+        told: Any = None
+        clock: list[Any] = []
         if is_shared:
             loss_sum = tf.cast(tf.reduce_sum(reductions.wide(losses)), dtype)
-            (count, taken, total, loss_sum), reduced = summed(
-                [taken, total, loss_sum], list(given.values()), examples
+            own = [] if seconds is None else [tf.cast(seconds, dtype)]
+            (count, taken, total, loss_sum, *clock), reduced, told = summed(
+                [taken, total, loss_sum, *own], list(given.values()), examples, fingerprint
             )
             given = dict(zip(given, reduced, strict=True))
             gradients = [given.get(_key(leaf)) for leaf in flat]
@@ -215,8 +232,10 @@ class GradientTape:
         # In half precision the gradient can overflow where norms of examples do not.
         total = tf.where(tf.math.is_finite(norm), total, norm)
         statistics = BatchStatistics(
-            examples, examples, total, norm, estimated, mean_loss, metric is not None
+            examples, examples, total, norm, estimated, mean_loss, metric is not None, told
         )
+        if clock:
+            statistics = timed(statistics, mean_of(clock))
         return tf.nest.pack_sequence_as(sources, gradients), statistics
 
 

@@ -1,10 +1,5 @@
 """Replicas train as one replica does on the examples of all."""
 
-import json
-import os
-import socket
-import subprocess
-import sys
 from functools import partial
 
 import keras
@@ -140,63 +135,12 @@ def test_replicas_train_as_one(mirrored, shares, dtype, update):
     assert_alike(train(mirrored, shares, dtype, update), alone, dtype)
 
 
-def test_workers_train_as_one():
-    ports = []
-    for _ in range(2):
-        with socket.create_server(("127.0.0.1", 0)) as server:
-            ports.append(f"127.0.0.1:{server.getsockname()[1]}")
-    workers = []
-    for index in range(2):
-        task = {"cluster": {"worker": ports}, "task": {"type": "worker", "index": index}}
-        environment = {**os.environ, "TF_CONFIG": json.dumps(task)}
-        workers.append(
-            subprocess.Popen(
-                [sys.executable, "-c", _WORKER],
-                env=environment,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-        )
-    try:
-        found = [one.communicate(timeout=120) for one in workers]
-    finally:
-        for one in workers:
-            one.kill()
-    assert [one.returncode for one in workers] == [0, 0], found[0][1][-3000:]
-    # The same numbers on each, to the bit.
-    assert found[0][0] == found[1][0]
-    *steps, fitted, refused = found[0][0].splitlines()
-    assert refused == "name the cost of a step, as cabs.Progress(overhead=512)"
-    strategy = tf.distribute.get_strategy()
-    alone, _ = train(strategy, (12,), "float64", "adam")
-    for line, ((statistics, gradients),) in zip(steps, alone, strict=True):
-        expected = statistics.variance_trace, statistics.loss, *gradients
-        np.testing.assert_allclose(json.loads(line), expected, rtol=1e-8, atol=1e-10)
+def of_workers(strategy, _):
+    """Return what ``train`` and ``fit`` find on two workers, as ``workers.run`` takes it."""
+    found, _ = train(strategy, (9, 3), "float64", "adam")
+    steps = [(one.variance_trace, one.loss, *gradients) for ((one, gradients),) in found]
     _, history, _, controller = fit(strategy, (INPUTS, LABELS), validate=False)
-    expected = controller.step, *history["loss"], *history["noise_scale"]
-    np.testing.assert_allclose(json.loads(fitted), expected, rtol=1e-3)
-
-
-# A worker's runtime has to start with its cluster, before anything is imported that uses it.
-_WORKER = """
-import json, tensorflow as tf
-strategy = tf.distribute.MultiWorkerMirroredStrategy()
-from tests.tensorflow.test_strategies import train
-assert strategy.num_replicas_in_sync == 2
-for ((statistics, gradients),) in train(strategy, (9, 3), "float64", "adam")[0]:
-    print(json.dumps([statistics.variance_trace, statistics.loss, *gradients]))
-from tests.tensorflow.test_fitting_on_replicas import INPUTS, LABELS, fit
-_, history, _, controller = fit(strategy, (INPUTS, LABELS), validate=False)
-found = [controller.step, *history["loss"], *history["noise_scale"]]
-print(json.dumps(found))
-import cabs
-try:
-    fit(strategy, (INPUTS, LABELS), validate=False, rule=cabs.Progress())
-    print("no error")
-except ValueError as error:
-    print(str(error).rpartition("; ")[2])
-"""
+    return {"steps": steps, "fit": [controller.step, *history["loss"], *history["noise_scale"]]}
 
 
 def test_statistics_cost_no_collective_of_their_own(mirrored):

@@ -12,6 +12,8 @@ from typing import Any
 
 import tensorflow as tf
 
+from cabs import BatchSampler
+
 _NAME = "_cabs_drawn"
 
 
@@ -30,6 +32,12 @@ class Drawn:
     def batch_size(self) -> int:
         """The size that the next batch to be drawn will be asked for with."""
         return int(getattr(self._controller, "batch_size", self._controller))
+
+    @property
+    def order(self) -> Any:
+        """What tells which examples come next, plain values; None where that is not known."""
+        is_known = isinstance(self._controller, BatchSampler)
+        return self._controller.state_dict() if is_known else None
 
     def noted(self, batches: Any) -> Iterator[Any]:
         """Yield batches, and remember how many examples each of them has."""

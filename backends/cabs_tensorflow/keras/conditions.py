@@ -35,18 +35,12 @@ def is_overridden(model: Any, name: str) -> bool:
     return found is not inspect.getattr_static(keras.Model, name)
 
 
-def check_clock(model: Any, rule: Any) -> None:
-    """Raise ValueError for a rule that takes the time of a step, where each worker has its own."""
+def has_several_workers(model: Any) -> bool:
+    """Return whether some of the replicas that train a model are those of other processes."""
     strategy = model.distribute_strategy
     replicas = strategy.num_replicas_in_sync
     # A strategy of one replica may not say where it is.
-    here = 1 if replicas == 1 else len(strategy.extended.worker_devices)
-    if rule.needs_clock and replicas > here:
-        raise ValueError(
-            f"the clocks of several workers differ, and with them what workers decide, got {rule} "
-            f"for {replicas} replicas of which {here} are this worker's; name the cost of a step, "
-            "as cabs.Progress(overhead=512)"
-        )
+    return bool(replicas > 1 and replicas > len(strategy.extended.worker_devices))
 
 
 def check_compiled(model: Any, microbatches: int | None) -> None:

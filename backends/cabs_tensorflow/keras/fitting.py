@@ -9,20 +9,20 @@ function, since the controller decides between two of them.
 from __future__ import annotations
 
 import inspect
-import math
 from typing import TYPE_CHECKING, Any
 
 import keras
 import tensorflow as tf
 
-from cabs import Controller, RunLog, Stopwatch
-from cabs.control import DebiasedAverage, Decision, noise_scale_rule
+from cabs import Controller, RunLog
+from cabs.control import Decision
 from cabs.values.scalars import as_integer
-from cabs_tensorflow.data.drawn import Drawn, drawn_by
-from cabs_tensorflow.keras.conditions import check_clock, check_compiled, is_overridden
+from cabs_tensorflow.data.drawn import drawn_by
+from cabs_tensorflow.keras.conditions import check_compiled, has_several_workers, is_overridden
 from cabs_tensorflow.keras.epochs import run_epochs, with_class_weights
+from cabs_tensorflow.keras.feed import Feed
 from cabs_tensorflow.keras.losses import compiled_losses
-from cabs_tensorflow.keras.steps import measure, measure_microbatches
+from cabs_tensorflow.keras.steps import Given, measure, measure_microbatches
 from cabs_tensorflow.optimizers import learning_rate
 from cabs_tensorflow.replicas import apply, share_of
 
@@ -130,7 +130,7 @@ class AdaptiveBatchSize(_Model):
         True
     """
 
-    _feed: _Feed | None = None
+    _feed: Feed | None = None
 
     def follow(
         self,
@@ -175,7 +175,7 @@ class AdaptiveBatchSize(_Model):
         self._microbatches = (
             None if microbatches is None else as_integer(microbatches, "microbatches", 2)
         )
-        self._feed = _Feed(controller, log)
+        self._feed = Feed(controller, log)
         # What was traced before measured something else.
         self.train_function: Any = None
 
@@ -238,11 +238,12 @@ class AdaptiveBatchSize(_Model):
     def train_step(self, data: Any) -> dict[str, Any]:
         """Take one step, in a function that is traced for all sizes of batches at once."""
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(share_of(data))
+        given: Given = {} if self._feed is None else self._feed.given
         if self._microbatches is None:
             in_metric = self._feed is not None and self._feed.in_metric
-            measured = measure(self, x, y, sample_weight, self._sample, in_metric=in_metric)
+            measured = measure(self, x, y, sample_weight, self._sample, in_metric, given)
         else:
-            measured = measure_microbatches(self, x, y, sample_weight, self._microbatches)
+            measured = measure_microbatches(self, x, y, sample_weight, self._microbatches, given)
         # Read before the step moves a schedule on.
         rate = learning_rate(self.optimizer)
         apply(self.optimizer, measured.gradients, self.trainable_variables)
@@ -262,17 +263,26 @@ class AdaptiveBatchSize(_Model):
                 f"model {self.name!r} has no controller; call follow(controller) before fit"
             )
         check_compiled(self, self._microbatches)
-        check_clock(self, self._feed.rule)
-        strategy = self.distribute_strategy
+        strategy, feed = self.distribute_strategy, self._feed
+        is_compared = has_several_workers(self)
 
-        def of_replicas(data: Any) -> dict[str, Any]:
-            first = strategy.experimental_local_results(strategy.run(self.train_step, (data,)))[0]
+        def of_replicas(data: Any, given: Given) -> dict[str, Any]:
+            # Under the signature that Keras gives a train_step there is no place for it.
+            feed.given = given
+            try:
+                found = strategy.run(self.train_step, (data,))
+            finally:
+                feed.given = {}
+            first = strategy.experimental_local_results(found)[0]
             with strategy.scope():
                 # What each replica has counted, added up.
                 return {**first, **self.get_metrics_result()}
 
+        def of_one(data: Any, _: Any) -> dict[str, Any]:
+            return self.train_step(data)
+
         compiled = tf.function(
-            self.train_step if strategy.num_replicas_in_sync == 1 else of_replicas,
+            of_one if strategy.num_replicas_in_sync == 1 else of_replicas,
             autograph=False,
             reduce_retracing=True,
             jit_compile=self.jit_compile,
@@ -281,19 +291,20 @@ class AdaptiveBatchSize(_Model):
         # An optional has the spec of its dataset, from which a step is traced once. If the step
         # drew the batch, as in Keras, the end of the data would move on what needs none of it, such
         # as the count of steps.
-        unpacked = tf.function(lambda batch: compiled(batch.get_value()), autograph=False)
-        feed = self._feed
+        unpacked = tf.function(
+            lambda batch, given: compiled(batch.get_value(), given), autograph=False
+        )
 
         def step(iterator: Any) -> dict[str, Any]:
-            if isinstance(iterator, tf.data.Iterator):
-                batch = iterator.get_next_as_optional()
-                if not batch.has_value():
-                    raise StopIteration
-                if feed.drawn is not None:
-                    feed.drawn.give(tf.nest.flatten(batch.get_value())[0].shape[0])
-                logs = dict(unpacked(batch))
-            else:
-                logs = dict(compiled(next(iterator)))
+            is_dataset = isinstance(iterator, tf.data.Iterator)
+            batch = iterator.get_next_as_optional() if is_dataset else next(iterator)
+            if is_dataset and not batch.has_value():
+                raise StopIteration
+            examples = len(tf.nest.flatten(batch.get_value() if is_dataset else batch)[0])
+            if is_dataset and feed.drawn is not None:
+                feed.drawn.give(examples)
+            given = feed.of_step(examples) if is_compared else {}
+            logs = dict((unpacked if is_dataset else compiled)(batch, given))
             logs.update(feed(*logs.pop(_MEASURED)))
             return logs
 
@@ -367,7 +378,7 @@ class AdaptiveBatchSize(_Model):
             # A replica cannot make variables.
             with self.distribute_strategy.scope():
                 self._symbolic_build(data_batch=batches.element_spec)
-        self._feed.drawn = drawn
+        self._feed.draw(drawn)
         try:
             return run_epochs(
                 self,
@@ -382,43 +393,4 @@ class AdaptiveBatchSize(_Model):
                 validation={"batch_size": validation_batch_size, "steps": validation_steps},
             )
         finally:
-            self._feed.drawn = None
-
-
-class _Feed:
-    """A controller, and what is fed to it after each step."""
-
-    def __init__(self, controller: Controller, log: RunLog | None) -> None:
-        self.decision: Decision | None = None
-        self.drawn: Drawn | None = None
-        """Where batches come from, while that is known."""
-        self._controller, self._log = controller, log
-        self.rule = rule = controller.configuration.rule
-        self.in_metric = bool(rule.in_metric)
-        """Whether the rule takes norms in the metric of the optimizer's step."""
-        self._watch = Stopwatch() if rule.needs_clock else None
-        smoothing = controller.configuration.smoothing
-        self._trace, self._square = DebiasedAverage(smoothing), DebiasedAverage(smoothing)
-
-    def begin(self) -> None:
-        """Leave what was done between two epochs, as validation, out of the time of a step."""
-        if self._watch is not None:
-            self._watch.lap()
-
-    def __call__(self, statistics: Any, loss: Any, rate: Any) -> dict[str, float]:
-        """Feed the controller, and return what to log."""
-        found = statistics.read()
-        trace, square = found.variance_trace, found.expected_gradient_norm_squared
-        self.decision = self._controller.update(
-            found, learning_rate=rate, loss=float(loss), seconds=self._watch
-        )
-        if self._log is not None:
-            self._log.write(self.decision, examples=found.examples)
-        if math.isfinite(trace) and math.isfinite(square):
-            self._trace.update(trace)
-            self._square.update(square)
-        noise = noise_scale_rule(
-            variance_trace=self._trace.value, gradient_norm_squared=self._square.value
-        )
-        size = (self.decision if self.drawn is None else self.drawn).batch_size
-        return {"batch_size": size, "noise_scale": noise}
+            self._feed.draw(None)

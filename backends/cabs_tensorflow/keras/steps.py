@@ -15,9 +15,12 @@ import tensorflow as tf
 from cabs.gradients.errors import UncoveredParameterError
 from cabs_tensorflow.keras.conditions import check_masks, check_unchanged, is_overridden
 from cabs_tensorflow.keras.losses import compiled_losses, may_be_masked, unmasked_shares
-from cabs_tensorflow.replicas import replica_here, summed
-from cabs_tensorflow.statistics import BatchStatistics, PartialStatistics
+from cabs_tensorflow.replicas import mean_of, replica_here, summed
+from cabs_tensorflow.statistics import BatchStatistics, PartialStatistics, timed
 from cabs_tensorflow.tape import GradientTape
+
+Given = dict[str, Any]
+"""What workers compare, and what their clocks say, as ``GradientTape.gradient`` takes it."""
 
 
 class Measured(NamedTuple):
@@ -32,7 +35,13 @@ class Measured(NamedTuple):
 
 
 def measure(
-    model: Any, x: Any, y: Any, sample_weight: Any, sample: int | None, *, in_metric: bool
+    model: Any,
+    x: Any,
+    y: Any,
+    sample_weight: Any,
+    sample: int | None,
+    in_metric: bool,
+    given: Given,
 ) -> Measured:
     """Return what a step finds with the statistics of single examples."""
     with GradientTape() as tape:
@@ -50,6 +59,7 @@ def measure(
             loss_scale=model.optimizer.scale_loss(1.0),
             all_reduce=True,
             optimizer=model.optimizer if in_metric else None,
+            **given,
         )
     except UncoveredParameterError as error:
         error.add_note(
@@ -67,7 +77,7 @@ def measure(
 
 
 def measure_microbatches(
-    model: Any, x: Any, y: Any, sample_weight: Any, microbatches: int
+    model: Any, x: Any, y: Any, sample_weight: Any, microbatches: int, given: Given
 ) -> Measured:
     """Return what a step finds with ``microbatches`` of them, whose sizes differ by one at most.
 
@@ -107,24 +117,32 @@ def measure_microbatches(
         )
         total = tf.nest.map_structure(tf.add, total, more, expand_composites=True)
     part, loss, *gradients = (total.pop(0) if one else None for one in there)
+    seconds = None
     if replicas > 1:
-        part, loss, gradients = _of_all(part, loss, gradients)
+        part, loss, gradients, seconds = _of_all(part, loss, gradients, **given)
     statistics = part.complete(_times(1 / scale, gradients), loss=loss)  # type: ignore[union-attr]
+    if seconds is not None:
+        statistics = timed(statistics, seconds)
     return Measured(gradients, statistics, loss, model.get_metrics_result())
 
 
-def _of_all(part: Any, loss: Any, gradients: list[Any]) -> tuple[Any, Any, list[Any]]:
-    """Return the part of all replicas, and the means over all examples, from those of one."""
+def _of_all(
+    part: Any, loss: Any, gradients: list[Any], fingerprint: Any = None, seconds: Any = None
+) -> tuple[Any, Any, list[Any], Any]:
+    """Return the part of all replicas, the means over all examples, and that of the seconds."""
     # An empty share is no group.
     numbers = [tf.minimum(part.groups, part.examples), part.group_square_sum]
     numbers.append(tf.cast(loss, part.dtype) * tf.cast(part.examples, part.dtype))
+    numbers += [] if seconds is None else [seconds]
     there = [one for one in gradients if one is not None]
-    (examples, groups, squares, loss_sum), reduced = summed(
-        [tf.cast(one, part.dtype) for one in numbers], there, part.examples
+    (examples, groups, squares, loss_sum, *clock), reduced, told = summed(
+        [tf.cast(one, part.dtype) for one in numbers], there, part.examples, fingerprint
     )
-    whole = PartialStatistics(tf.cast(examples, tf.int32), tf.cast(groups, tf.int32), squares)
+    counts = [tf.cast(one, tf.int32) for one in (examples, groups)]
+    whole = PartialStatistics(*counts, squares, fingerprint=told)
     means = iter(reduced)
-    return whole, loss_sum / examples, [None if one is None else next(means) for one in gradients]
+    gradients = [None if one is None else next(means) for one in gradients]
+    return whole, loss_sum / examples, gradients, mean_of(clock)
 
 
 def _unmasked_shares(model: Any, x: Any, y: Any) -> list[Any] | None:
@@ -168,7 +186,7 @@ def _unmasked_shares(model: Any, x: Any, y: Any) -> list[Any] | None:
     count = tf.cast(_examples(x), tf.float64)
     # Nothing is known of an empty share.
     own = [tf.math.multiply_no_nan(one, count) for one in found]
-    (total, *sums), _ = summed(own, [], count)
+    (total, *sums), *_ = summed(own, [], count)
     return [one / total for one in sums]
 
 
