@@ -102,7 +102,7 @@ def backward(
             The batch must be shuffled. The estimate stays unbiased, its cost shrinks by
             ``sample / m``, and it varies more; it can be negative.
         chunk: How many examples' gradients to form at a time, where they are formed only to be
-            squared; by default as many as 8 MiB of temporaries allow.
+            squared; by default as many as 8 MiB of temporaries allow, or 256 MiB on a GPU.
         uncovered: What to do about parameters whose norms cannot be computed exactly. ``"error"``
             raises; ``"microbatches"`` estimates their share of the variance from four groups of the
             batch, with a backward pass for each; ``"ignore"`` leaves them out, with a warning once

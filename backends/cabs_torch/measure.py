@@ -238,8 +238,10 @@ class Measurement:
     def _push(self, origin: Edge, leaves: Sequence[Node], _: Sequence[Tensor | None]) -> None:
         """Push each example's gradient through what was computed from parameters alone."""
         terms = self._uses.pop(origin, [])
+        if not terms:
+            return
         operands = uses.operands_of(terms)
-        if terms and origin[0].next_functions[0][0] in leaves:
+        if origin[0].next_functions[0][0] in leaves:
             table = looked_up(origin[0], uses.gradient(self._arrays, terms, *operands))
             if table is not None:
                 self._uses[leaves[0], 0].append(table)
@@ -248,8 +250,8 @@ class Measurement:
         dtype = origin[0]._input_metadata[origin[1]].dtype
         self._is_pushing = True
         try:
-            elements = math.prod(shape_of(origin))
-            for part in self._arrays.parts(self._examples, elements) if terms else ():
+            whole = self._examples, math.prod(shape_of(origin)), operands[0].device
+            for part in self._arrays.parts(*whole):
                 some = (one[part] for one in operands)
                 for row in uses.gradient(self._arrays, terms, *some).to(dtype):
                     gradients: Sequence[Tensor | None] = torch.autograd.grad(

@@ -11,9 +11,9 @@ WAITING = frozenset(
     "_local_scalar_dense equal is_nonzero masked_select nonzero unique2 _unique2 "
     "unique_consecutive unique_dim".split()
 )
-# No kernel runs for these: they allocate, or ask for a type.
+# No kernel runs for these: they allocate, ask for a type, or see the same memory in another shape.
 _FREE = frozenset(
-    "promote_types empty empty_like empty_strided new_empty new_empty_strided".split()
+    "_unsafe_view promote_types empty empty_like empty_strided new_empty new_empty_strided".split()
 )
 
 

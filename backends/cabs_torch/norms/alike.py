@@ -102,7 +102,7 @@ class Alike:
         group[1].append(owner)
         group[2].append(operands)
         self._held += given.copied + given.formed
-        if reductions.chunks(self._held):
+        if reductions.chunks(self._held, operands[0].device):
             self.end()
         return True
 

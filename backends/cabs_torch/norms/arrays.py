@@ -20,7 +20,7 @@ from cabs_torch.norms import reductions
 
 
 class TorchArrays:
-    """Those of PyTorch; ``chunk`` is how many examples are taken at a time, by default 8 MiB."""
+    """Those of PyTorch; ``chunk`` is how many examples are taken at a time."""
 
     # Measured.
     pair_cost = 0.85
@@ -100,19 +100,17 @@ class TorchArrays:
     def in_chunks(
         self, function: Callable[..., Any], operands: Sequence[Tensor], needed: int
     ) -> Any:
-        parts = self.parts(len(operands[0]), needed)
+        parts = self.parts(len(operands[0]), needed, operands[0].device)
         found = [function(*(one[part] for one in operands)) for part in parts]
-        if len(found) == 1:
-            return found[0]
         if isinstance(found[0], tuple):
-            return tuple(torch.stack(one).sum() for one in zip(*found, strict=True))
-        return torch.stack(found).sum()
+            return tuple(map(reductions.added, zip(*found, strict=True)))
+        return reductions.added(found)
 
     def squares_and_sum(
         self, rows: Callable[..., Tensor], operands: Sequence[Tensor], needed: int
     ) -> tuple[Tensor, Tensor]:
         squares, total = [], None
-        for part in self.parts(len(operands[0]), needed):
+        for part in self.parts(len(operands[0]), needed, operands[0].device):
             # Squared and added up while they are in the processor's cache.
             found = rows(*(one[part] for one in operands))
             squares.append(reductions.square(found))
@@ -120,7 +118,7 @@ class TorchArrays:
             summed = found.sum(dim=0, keepdim=True)
             total = summed if total is None else total.add_(summed)
         assert total is not None
-        return torch.stack(squares).sum(), total
+        return reductions.added(squares), total
 
     def coordinate_squares(
         self,
@@ -131,7 +129,7 @@ class TorchArrays:
         is_summed: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         squares, total = None, None
-        for part in self.parts(len(operands[0]), needed):
+        for part in self.parts(len(operands[0]), needed, operands[0].device):
             found = self.wide(rows(*(one[part] for one in operands)))
             squares = reductions.with_squares(squares, found)
             if is_summed:
@@ -143,9 +141,9 @@ class TorchArrays:
     def merged(self, array: Tensor, axis: int) -> Tensor:
         return array.movedim(0, axis - 1).flatten(axis - 1, axis).unsqueeze(0)
 
-    def parts(self, examples: int, needed: int) -> Iterator[slice]:
+    def parts(self, examples: int, needed: int, device: torch.device) -> Iterator[slice]:
         """Yield slices of examples whose temporaries fit into a chunk."""
-        return reductions.parts(examples, needed, self._chunk)
+        return reductions.parts(examples, needed, self._chunk, device)
 
     def unless_cancelled(
         self, total: Tensor, bound: Tensor, limit: float, otherwise: Callable[[], Tensor]

@@ -9,15 +9,16 @@ Every sum is a 0-d float64 tensor.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from cabs_torch import tracing
 
-# Elements of the temporaries that a chunk of examples may need: 8 MiB in float32.
-_CHUNK = 2**21
+# Elements of the temporaries that a chunk of examples may need: 8 MiB in float32, since a processor
+# waits for the pages of larger ones. A GPU waits for kernels, of which each chunk is some: 256 MiB.
+_CHUNK, _CHUNK_OF_DEVICE = 2**21, 2**26
 
 # Elements of a temporary of which a processor's cache holds several, measured.
 _CACHED = 2**17
@@ -38,9 +39,9 @@ _COPIED = 2**16
 _LAUNCHED = 2**18
 
 
-def parts(examples: int, needed: int, chunk: int | None) -> Iterator[slice]:
+def parts(examples: int, needed: int, chunk: int | None, device: torch.device) -> Iterator[slice]:
     """Yield slices of examples, of ``chunk``, or of as many as ``needed`` elements each allow."""
-    whole = examples if tracing.is_traced() else max(1, _CHUNK // max(needed, 1))
+    whole = examples if tracing.is_traced() else max(1, _most(device) // max(needed, 1))
     size = chunk or whole
     for start in range(0, examples, size):
         yield slice(start, min(start + size, examples))
@@ -63,8 +64,7 @@ def blocks(rows: Tensor) -> Iterator[slice]:
 def square(tensor: Tensor) -> Tensor:
     """Return the sum of squares of all elements."""
     found = partial_norms(tensor)
-    whole = found[0] if len(found) == 1 else torch.cat(found)
-    norm: Tensor = torch.linalg.vector_norm(whole, dtype=torch.float64)
+    norm: Tensor = torch.linalg.vector_norm(joined(found), dtype=torch.float64)
     return norm.square()
 
 
@@ -78,12 +78,25 @@ def partial_norms(tensor: Tensor) -> list[Tensor]:
     if is_small(dense):
         # Fewer calls matter more than what they do.
         return [torch.linalg.vector_norm(dense, dtype=torch.float64).reshape(1)]
+    if not dense.is_contiguous():
+        # In the order in which elements lie in memory, none has to be copied.
+        dense = dense.permute(sorted(range(dense.dim()), key=dense.stride, reverse=True))
     flat = at_least_single(dense).flatten()
     whole = flat.numel() // _BLOCK * _BLOCK
     blocks = [torch.linalg.vector_norm(flat[:whole].view(-1, _BLOCK), dim=1)]
     if whole < flat.numel():
         blocks.append(torch.linalg.vector_norm(flat[whole:]).reshape(1))
     return blocks
+
+
+def joined(parts: Sequence[Tensor]) -> Tensor:
+    """Return parts along their first axis; one alone as it is."""
+    return parts[0] if len(parts) == 1 else torch.cat([*parts])
+
+
+def added(squares: Sequence[Tensor]) -> Tensor:
+    """Return the sum of 0-d tensors; one alone as it is."""
+    return squares[0] if len(squares) == 1 else torch.stack([*squares]).sum()
 
 
 def is_small(tensor: Tensor) -> bool:
@@ -98,9 +111,13 @@ def waiting(device: torch.device) -> int:
     return _COPIED if tracing.may_look(device) else _LAUNCHED
 
 
-def chunks(elements: int) -> int:
+def chunks(elements: int, device: torch.device) -> int:
     """Return how many times there are as many elements as the temporaries of a chunk may have."""
-    return elements // _CHUNK
+    return elements // _most(device)
+
+
+def _most(device: torch.device) -> int:
+    return _CHUNK if tracing.may_look(device) else _CHUNK_OF_DEVICE
 
 
 def with_squares(total: Tensor | None, rows: Tensor) -> Tensor:

@@ -77,10 +77,12 @@ def _norms(tensors: list[Tensor], is_each: bool, device: torch.device) -> Tensor
     total = 0
     for one in tensors:
         total += one.numel()
-        alike.setdefault((one.device, one.dtype, reductions.chunks(total)), []).append(one)
+        alike.setdefault((one.device, one.dtype, reductions.chunks(total, one.device)), []).append(
+            one
+        )
     flat = map(torch._utils._flatten_dense_tensors, alike.values())
     norms = [torch.linalg.vector_norm(one, dtype=torch.float64).to(device) for one in flat]
-    return torch.stack(norms)
+    return torch.stack(norms) if len(norms) > 1 else norms[0].reshape(1)
 
 
 Weights = Callable[[Tensor], Callable[[slice], Tensor | float]]

@@ -163,7 +163,7 @@ def scaled(
     needed = 4 * math.prod(layout.shape) // layout.examples
 
     def term(node: Node, cotangent: Tensor, examples: int) -> Term:
-        parts = [*reductions.parts(examples, needed, None)]
+        parts = [*reductions.parts(examples, needed, None, cotangent.device)]
         if len(parts) == 1 and examples == layout.examples:
             whole = other(node, reductions.at_least_single) * cotangent
             gradients = _summed(take(layout, whole, examples), axes)
@@ -179,7 +179,7 @@ def scaled(
                 return reductions.at_least_single(found[part] if part.start else found)
 
             rows.append(_summed(other(node, some) * taken[part], axes))
-        return Materialized(torch.cat(rows).reshape(-1, *mine), mine)
+        return Materialized(reductions.joined(rows).reshape(-1, *mine), mine)
 
     together = None if of_whole is None else _together(layout, axes, reads, of_whole)
     return parameter_input("scaled", term, reads, together=together)

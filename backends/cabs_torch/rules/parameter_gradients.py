@@ -191,22 +191,24 @@ def _group_norm(node: Node, layout: Layout, index: int, shape: Shape) -> Layout 
     def term(node: Node, cotangent: Tensor, examples: int) -> Term:
         whole = take(layout, saved(node, "input"), examples), take(layout, cotangent, examples)
         positions = math.prod(layout.shape[2:])
-        sums = []
-        for part in reductions.parts(examples, 2 * whole[0][0].numel(), None):
+        products, added = [], []
+        for part in reductions.parts(examples, 2 * whole[0][0].numel(), None, cotangent.device):
             x, b = (
                 reductions.at_least_single(one[part]).reshape(-1, *one.shape[1:3], positions)
                 for one in whole
             )
             # As PyTorch's own gradient has it: normalizing each element first takes much longer.
-            sums.append(torch.stack([(x * b).sum(dim=3), b.sum(dim=3)]))
-        products, added = torch.cat(sums, dim=1)
+            products.append((x * b).sum(dim=3))
+            added.append(b.sum(dim=3))
         mean, scale = (
-            take(layout.moved(tuple(one.shape), 0), one, examples).repeat_interleave(
-                layout.shape[1] // node._saved_group, dim=2
-            )
+            take(layout.moved(tuple(one.shape), 0), one, examples).unsqueeze(3)
             for one in (saved(node, "result1"), saved(node, "result2"))
         )
-        gradients = ((products - mean * added) * scale).sum(dim=1)
+        product, sums = (
+            reductions.joined(some).unflatten(2, (node._saved_group, -1))
+            for some in (products, added)
+        )
+        gradients = ((product - mean * sums) * scale).sum(dim=1).flatten(1)
         return Materialized(gradients, tuple(gradients.shape[1:]))
 
     return parameter_input("scaled", term, ("input", "result1", "result2"))
