@@ -2,10 +2,14 @@
 
 import contextlib
 import datetime
+import gc
 import os
 import time
 
 import torch
+
+# Here once, and not in each rank as soon as it makes an optimizer.
+import torch._dynamo
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
@@ -65,6 +69,8 @@ class Ranks:
 
 
 def _serve(rank, count, meeting, timeout, pipe):
+    # What is looked for among all objects is none of those that the tests have made before.
+    gc.freeze()
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     torch.set_num_threads(1)
     dist.init_process_group(
