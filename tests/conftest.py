@@ -1,5 +1,6 @@
 """Settings shared by all tests."""
 
+import gc
 import os
 
 from hypothesis import settings
@@ -19,3 +20,8 @@ def pytest_collection_modifyitems(items):
     """Run files with slow tests first, so that no process waits for another's at the end."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
+
+
+def pytest_collection_finish():
+    """Leave out what is there by now when modules and their parameters are looked for."""
+    gc.freeze()

@@ -155,7 +155,7 @@ def main() -> None:
     if options.data_dir is None and not options.quick:
         parser.error("the study needs --data-dir, the folder that holds folders of files")
     torch.set_num_threads(1)
-    budget = 0.05 if options.quick else options.seconds
+    budget = 0.02 if options.quick else options.seconds
     problem = found("digits" if options.quick else "mnist", options.data_dir)
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / "wall_clock.jsonl"

@@ -61,6 +61,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(kind, examples, lag, seed, stop,
 
 
 @pytest.mark.slow
+@pytest.mark.once
 @given(kinds, st.integers(2, 120), lags, seeds, st.integers(1, 12))
 def test_a_run_resumed_at_every_few_steps_is_the_uninterrupted_one(kind, examples, lag, seed, few):
     with loader(kind, examples, lag=lag, seed=seed) as batches:

@@ -233,6 +233,7 @@ def time_to(target, size_of, overhead, *, scale=10.0, exponent=0.6, noise=40.0):
     return math.inf
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("overhead", [0.0, 128.0, 1024.0, 8192.0])
 def test_in_the_model_it_takes_as_long_as_the_best_constant_size_or_less(overhead):
     # Of the loss that a run has, as in the derivation; variance times rate is the noise.
@@ -351,6 +352,7 @@ def test_a_state_that_no_run_has_is_refused(name, value):
         Controller(16, rule=rule, every=3).load_state_dict(state)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("exponent", [0.42, 0.5, 0.58])
 @pytest.mark.parametrize("steps_before", [1000, 20_000])
 def test_a_run_continued_with_fresh_averages_asks_for_the_size_of_the_uninterrupted_one(

@@ -54,6 +54,7 @@ def test_groups_give_the_between_group_mean_square(seed, sizes):
     assert statistics_of(gradients, sizes).variance_trace == pytest.approx(expected, rel=1e-9)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("sizes", [[1] * 6, [3, 3], [1, 2, 3], [5, 1], [2, 2, 1, 1]])
 def test_every_estimate_is_unbiased_for_any_group_sizes(sizes):
     gradients = gradients_of(0, 20_000 * sum(sizes), dimension=3)

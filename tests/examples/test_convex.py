@@ -115,9 +115,12 @@ def test_the_exact_optimum_gains_most_for_each_example(
 ):
     made = problems.quadratic(condition, is_noise_like_hessian=is_noise_like_hessian)
     weights = np.random.default_rng(4).standard_normal(problems.DIMENSION)
-    sizes = np.linspace(0.05, 40.0, 80_000)
-    gains = [made.gain(weights, rate, size) for size in sizes]
-    best = sizes[int(np.argmax(gains))]
+    best, near = 20.0, 19.95
+    # Closer and closer to the largest gain.
+    for step in (0.05, 5e-4):
+        sizes = np.arange(best - near, best + near, step)
+        best = sizes[int(np.argmax([made.gain(weights, rate, size) for size in sizes]))]
+        near = 2 * step
     assert made.sizes(weights, rate).exact == pytest.approx(best, abs=1e-3)
 
 

@@ -58,14 +58,16 @@ def test_the_constant_is_chosen_on_one_seed_and_judged_on_another(report):
     assert report.ratios(found)["CABS"][0] == pytest.approx(1.0, rel=0.04)
 
 
-def test_a_quick_study_by_the_machine_s_clock_leaves_a_table(tmp_path):
-    command = [sys.executable, str(PAPER / "wall_clock.py"), "--out", str(tmp_path), "--quick"]
-    for _ in range(2):
-        # What is there is not made again.
-        result = finished(command)
-        assert result.returncode == 0, result.stderr
-        runs = (tmp_path / "wall_clock.jsonl").read_text().splitlines()
-        assert len(runs) == 3 * 9 * 2
+def test_a_quick_study_by_the_machine_s_clock_leaves_a_table(tmp_path, module, monkeypatch):
+    options = ["--out", str(tmp_path), "--quick"]
+    result = finished([sys.executable, str(PAPER / "wall_clock.py"), *options])
+    assert result.returncode == 0, result.stderr
+    runs = (tmp_path / "wall_clock.jsonl").read_text()
+    assert len(runs.splitlines()) == 3 * 9 * 2
+    # What is there is not made again.
+    monkeypatch.setattr(sys, "argv", ["wall_clock.py", *options])
+    module("wall_clock").main()
+    assert (tmp_path / "wall_clock.jsonl").read_text() == runs
     page = (tmp_path / "wall-clock.inc").read_text()
     assert (
         page.count("- Progress\n") == page.count("every 10") == page.count("- constant 16\n") == 3
@@ -98,15 +100,16 @@ def test_rates_and_sizes_of_what_decays_are_chosen_on_one_seed_and_judged_on_ano
     assert row == ("SGD", "1024", "1.00", "1.00", "2.00", "0.50")
 
 
-def test_a_quick_study_leaves_tables_and_a_figure(tmp_path):
-    command = [sys.executable, str(PAPER / "seconds.py"), "--out", str(tmp_path), "--quick"]
-    result = finished([*command, "--seeds", "2"])
+def test_a_quick_study_leaves_tables_and_a_figure(tmp_path, module, monkeypatch):
+    options = ["--out", str(tmp_path), "--quick", "--seeds", "2"]
+    result = finished([sys.executable, str(PAPER / "seconds.py"), *options])
     assert result.returncode == 0, result.stderr
     runs = [json.loads(line) for line in (tmp_path / "seconds.jsonl").read_text().splitlines()]
     assert {run["optimizer"] for run in runs} == {"SGD", "momentum", "AdamW"}
     assert all(run["curve"] for run in runs)
     # What is there is not made again.
-    assert finished([*command, "--seeds", "2"]).returncode == 0
+    monkeypatch.setattr(sys, "argv", ["seconds.py", *options])
+    module("seconds").main()
     assert len((tmp_path / "seconds.jsonl").read_text().splitlines()) == len(runs)
     result = finished([sys.executable, str(PAPER / "seconds_report.py"), str(tmp_path)])
     assert result.returncode == 0, result.stderr

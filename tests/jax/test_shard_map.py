@@ -107,7 +107,7 @@ def test_a_part_of_all_devices_and_the_gradient_of_one_are_an_error():
         return jax.lax.pmean(statistics.variance_trace, "data")
 
     with pytest.raises(ValueError, match="must be over the same devices"):
-        on_devices(mixed)(PARAMETERS, BATCH)
+        jax.jit(on_devices(mixed))(PARAMETERS, BATCH)
 
 
 def test_a_group_that_all_devices_share_is_said_to_be_one():
@@ -125,9 +125,8 @@ def test_a_group_that_all_devices_share_is_said_to_be_one():
 
 def on_shards(step, specs):
     mesh = jax.make_mesh((DEVICES,), ("data",), axis_types=(AxisType.Auto,))
-    return lambda is_checked: jax.shard_map(
-        step, mesh=mesh, in_specs=(specs, P("data")), out_specs=specs, check_vma=is_checked
-    )
+    specs = {"in_specs": (specs, P("data")), "out_specs": specs}
+    return lambda is_checked: jax.jit(jax.shard_map(step, mesh=mesh, **specs, check_vma=is_checked))
 
 
 @pytest.mark.parametrize("is_checked", [False, True])
@@ -172,7 +171,7 @@ def test_a_collective_that_is_held_fixed_is_exact(is_checked):
 
     mesh = jax.make_mesh((DEVICES,), ("data",), axis_types=(AxisType.Auto,))
     specs = {"in_specs": (P(), P("data")), "out_specs": P("data"), "check_vma": is_checked}
-    found = jax.shard_map(step, mesh=mesh, **specs)(PARAMETERS, BATCH)
+    found = jax.jit(jax.shard_map(step, mesh=mesh, **specs))(PARAMETERS, BATCH)
     # The n-th example of each device meets the n-th of the others.
     shares = BATCH["x"].reshape(DEVICES, -1, 5)
     moved = {**BATCH, "x": (shares - 0.1 * shares.mean(axis=0)).reshape(-1, 5)}
@@ -187,10 +186,13 @@ def test_the_gradient_of_a_loss_that_is_the_same_on_all_devices_is_that_of_jax()
 
     mesh = jax.make_mesh((DEVICES,), ("data",), axis_types=(AxisType.Auto,))
     specs = {"in_specs": (P(), P()), "out_specs": P()}
-    plain = jax.shard_map(jax.grad(mean_loss(same)), mesh=mesh, **specs)(PARAMETERS, BATCH)
-    measured = jax.shard_map(
-        lambda p, batch: cabs_jax.value_and_grad(same)(p, batch)[1], mesh=mesh, **specs
-    )(PARAMETERS, BATCH)
+    plain, measured = (
+        jax.jit(jax.shard_map(step, mesh=mesh, **specs))(PARAMETERS, BATCH)
+        for step in (
+            jax.grad(mean_loss(same)),
+            lambda p, batch: cabs_jax.value_and_grad(same)(p, batch)[1],
+        )
+    )
     np.testing.assert_allclose(measured["b"], plain["b"], rtol=1e-6)
 
 
@@ -200,9 +202,8 @@ def test_a_device_on_which_no_example_counts_has_a_loss_of_zero():
         return jax.lax.psum(loss * jnp.sum(mask, dtype=loss.dtype), "data")
 
     mesh = jax.make_mesh((DEVICES,), ("data",), axis_types=(AxisType.Auto,))
-    some = np.arange(16) < 6
-    found = jax.shard_map(step, mesh=mesh, in_specs=(P(), P("data"), P("data")), out_specs=P())(
-        PARAMETERS, BATCH, jnp.asarray(some)
-    )
+    specs = {"in_specs": (P(), P("data"), P("data")), "out_specs": P()}
+    step = jax.jit(jax.shard_map(step, mesh=mesh, **specs))
+    found = step(PARAMETERS, BATCH, jnp.arange(16) < 6)
     few = jax.tree.map(lambda leaf: leaf[:6], BATCH)
     assert float(found) / 6 == pytest.approx(float(mean_loss(loss_fn)(PARAMETERS, few)), rel=1e-5)

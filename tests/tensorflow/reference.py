@@ -83,10 +83,12 @@ def assert_exact(losses_of, variables, batch, *, rtol=None, ulps=0, jit_compile=
     is_double = tf.as_dtype(variables[0].dtype) == tf.float64
     rtol = rtol or (1e-10 if is_double else 2e-5)
     square_sum, gradient_norm_squared = (rows**2).sum(), (rows.mean(axis=0) ** 2).sum()
+    expected = plain(losses_of, variables, batch, is_dynamic=True, jit_compile=jit_compile)
     for is_dynamic, bitwise in ((False, False), (True, False), (True, True)):
-        how = {"is_dynamic": is_dynamic, "jit_compile": jit_compile}
-        gradients, statistics = measured(losses_of, variables, batch, bitwise=bitwise, **how)
-        expected = plain(losses_of, variables, batch, **how)
+        gradients, statistics = measured(
+            *(losses_of, variables, batch),
+            is_dynamic=is_dynamic, bitwise=bitwise, jit_compile=jit_compile,
+        )  # fmt: skip
         for one, other in zip(gradients, expected, strict=True):
             assert (one is None) == (other is None)
             if one is not None:

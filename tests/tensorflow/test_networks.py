@@ -10,7 +10,7 @@ from keras import layers
 
 from tests.tensorflow.reference import assert_exact
 
-LENGTH, WIDTH = 5, 4
+LENGTH, WIDTH = 3, 4
 
 
 BLOCKS = {

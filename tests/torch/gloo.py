@@ -6,6 +6,9 @@ import os
 import time
 
 import torch
+
+# Here once, and not in each rank as soon as it makes an optimizer.
+import torch._dynamo
 import torch.distributed as dist
 import torch.multiprocessing as mp
 

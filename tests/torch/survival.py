@@ -31,7 +31,7 @@ from torch.nn.functional import cross_entropy
 import cabs
 import cabs_torch
 
-EXAMPLES, EPOCHS, RATE = 900, 8, 0.3
+EXAMPLES, EPOCHS, RATE = 900, 5, 0.3
 # A checkpoint after so many steps.
 EVERY = 4
 

@@ -143,13 +143,13 @@ def _free_numbers(graph: Any) -> tuple[int, int]:
         for size in output.shape
         if size
     }
-    found = [
+    found = (
         number
         for number in range(1009, 20000, 2)
         if all(number % divisor for divisor in range(3, 142, 2))
         and all(size % number for size in sizes)
-    ]
-    return found[0], found[1]
+    )
+    return next(found), next(found)
 
 
 def _with_sizes(
