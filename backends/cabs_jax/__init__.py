@@ -4,6 +4,7 @@ Guarantees: measures and decides nothing; loss and gradients are those of ``jax.
 """
 
 from cabs.gradients.errors import UncoveredParameterError
+from cabs_jax.alike import fingerprint
 from cabs_jax.gradient import value_and_grad
 from cabs_jax.metric import adam_metric
 from cabs_jax.padding import pad
@@ -15,6 +16,7 @@ __all__ = [
     "PartialStatistics",
     "UncoveredParameterError",
     "adam_metric",
+    "fingerprint",
     "pad",
     "value_and_grad",
     "verify",

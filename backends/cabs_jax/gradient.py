@@ -7,7 +7,7 @@ gradients to rounding, or to the bit where that is asked for.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from cabs.values.scalars import as_integer
+from cabs_jax.alike import told
 from cabs_jax.calls import call
 from cabs_jax.graph import meshes
 from cabs_jax.graph.arguments import Arguments, positions_of, read_arguments
@@ -80,8 +81,11 @@ def value_and_grad(
             whether or not ``shard_map`` checks what varies.
 
     Returns:
-        A function of the same arguments, but batches in place of examples, and of ``mask``: which
-        examples count, booleans of shape (m,); all by default. It returns
+        A function of the same arguments, but batches in place of examples, and of two more.
+        ``mask``: which examples count, booleans of shape (m,); all by default. ``fingerprint``:
+        what :func:`cabs_jax.fingerprint` gives, for ``statistics.read()`` to raise on every process
+        where their controllers or the shapes of their batches differ; give it on all processes or
+        on none. It returns
         ``(loss, statistics), gradients``, or ``(loss, statistics, aux), gradients``, with
         a :class:`cabs_jax.BatchStatistics`, and ``aux`` stacked along a first axis. A single
         example shows no variance: its trace is ``nan``, and its ``partial`` is part of a whole.
@@ -92,9 +96,11 @@ def value_and_grad(
         ``partial`` is an error. ``aux`` is its own in any case.
 
     Raises:
-        TypeError: If the loss is not a real number of shape ().
+        TypeError: If the loss is not a real number of shape (), or the fingerprint holds no
+            integer for each device.
         ValueError: If there is no example, leaves differ in their number, examples are coupled
-            by a named axis, or axes are not those along which ``axis_name`` may be summed.
+            by a named axis, axes are not those along which ``axis_name`` may be summed, or a
+            fingerprint comes inside ``shard_map`` without ``axis_name``.
 
     Source:
         Balles, Romero, Hennig (arXiv 1612.05086), section 4.2, for the variance within a batch.
@@ -111,7 +117,7 @@ def value_and_grad(
     """
     single = isinstance(argnums, int)
 
-    def measured(*args: Any, mask: Any = None) -> Any:
+    def measured(*args: Any, mask: Any = None, fingerprint: Any = None) -> Any:
         positions = positions_of(argnums, len(args))
         own = read_arguments(args, positions, in_axes)
         mask = None if mask is None else jnp.asarray(mask)
@@ -122,8 +128,15 @@ def value_and_grad(
             # Which function it is only tells how likely an equal trace is to come again.
             code = getattr(loss_fn, "__code__", None)
             options = (positions, single, sample, has_aux, code)
-            return call(partial(answer, positions, axes), traced, mask, options)
-        return answer(positions, axes, traced, mask)
+            found = call(partial(answer, positions, axes), traced, mask, options)
+        else:
+            found = answer(positions, axes, traced, mask)
+        if fingerprint is None:
+            return found
+        (loss, statistics, *aux), gradients = found
+        dtype = statistics.group_square_sum.dtype
+        number = told(fingerprint, axes, dtype, own.examples)
+        return (loss, replace(statistics, fingerprint=number), *aux), gradients
 
     def answer(positions: tuple[int, ...], axes: tuple[str, ...], traced: Traced, mask: Any) -> Any:
         of_leaves = metric

@@ -16,6 +16,7 @@ from jax import Array
 
 from cabs import GradientStatistics
 from cabs.gradients.errors import listed
+from cabs_jax.alike import check, told
 from cabs_jax.graph import meshes
 from cabs_jax.norms import reductions
 
@@ -98,24 +99,41 @@ class PartialStatistics:
         total: PartialStatistics = jax.tree.map(jnp.add, self, other)
         return total
 
-    def complete(self, gradients: Any, *, loss: Any = None) -> BatchStatistics:
+    def complete(
+        self,
+        gradients: Any,
+        *,
+        loss: Any = None,
+        fingerprint: Any = None,
+        axis_name: str | Sequence[str] | None = None,
+    ) -> BatchStatistics:
         """Return the statistics of all examples together, from their mean gradient, a pytree.
 
-        The gradient is the mean over all examples, never a mean of means of groups that differ in
-        size. ``loss``, their mean loss, is kept with the statistics.
+        Args:
+            gradients: The mean over all examples, never a mean of means of groups that differ in
+                size.
+            loss: Their mean loss, which is kept with the statistics.
+            fingerprint: What :func:`cabs_jax.fingerprint` gives, to be compared over devices; see
+                :func:`cabs_jax.value_and_grad`. Sizes of batches are not compared here.
+            axis_name: Inside ``shard_map``, along which axes of the mesh to compare it.
 
         Raises:
-            ValueError: If there is no gradient; or, inside ``shard_map`` that checks it, if one of
-                the two is this device's own and the other is not.
+            TypeError: If the fingerprint holds no integer for each device.
+            ValueError: If there is no gradient; inside ``shard_map`` that checks it, if one of
+                the two is this device's own and the other is not; or, inside of any, if a
+                fingerprint comes without ``axis_name``.
         """
         _check_together(self.group_square_sum, gradients)
+        square = square_of(gradients)
+        axes = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name or ())
         return BatchStatistics(
             self.examples,
             self.groups,
             self.group_square_sum,
-            square_of(gradients),
+            square,
             self.estimated,
             loss,
+            fingerprint=None if fingerprint is None else told(fingerprint, axes, square.dtype),
         )
 
 
@@ -136,6 +154,8 @@ class BatchStatistics:
             already, because ``shard_map`` knows that parameters are the same all along them. The
             statistics are those of this device's own examples, and of the gradient before that.
         in_metric: Whether they are in the metric of an optimizer's step; None if nobody has said.
+        fingerprint: That of the controller, if all devices were given the same one, and -1 if they
+            were not; None if there was none, or one device.
 
     See :class:`cabs.GradientStatistics` for what they tell.
 
@@ -157,14 +177,21 @@ class BatchStatistics:
     loss: Any = None
     summed: tuple[str, ...] = field(default=(), metadata={"static": True})
     in_metric: bool | None = field(default=None, metadata={"static": True})
+    fingerprint: Any = None
 
     @property
     def partial(self) -> PartialStatistics:
         """The part that can be added to that of other batches.
 
         Raises:
-            ValueError: If the gradients that belong to it are added up over devices already.
+            ValueError: If the gradients that belong to it are added up over devices already, or
+                if a fingerprint was compared, which cannot be added.
         """
+        if self.fingerprint is not None:
+            raise ValueError(
+                "a part of the statistics holds no fingerprint, got statistics with one; give "
+                "fingerprint= to complete(), once for the whole batch, and not to value_and_grad"
+            )
         if self.summed:
             raise ValueError(
                 "gradients must be a device's own for its part of the statistics, but those of "
@@ -203,10 +230,13 @@ class BatchStatistics:
         """Return the same as Python numbers, once they are there.
 
         Raises:
+            RuntimeError: On every process, if their fingerprints or the sizes of their batches
+                differ.
             ValueError: If they are numbers that no gradients can have; see
                 :class:`cabs.GradientStatistics`.
         """
         found = jax.device_get(self)
+        check(found.fingerprint)
         examples, groups, estimated = map(int, (found.examples, found.groups, found.estimated))
         square_sum, gradient_norm_squared = map(
             _plain, (found.group_square_sum, found.gradient_norm_squared)

@@ -32,8 +32,8 @@ def kept(step, args):
     """Return a step whose gradients are sharded as the parameters are."""
     shardings = jax.tree.map(lambda leaf: leaf.sharding, args[0])
 
-    def sharded(parameters, batch):
-        found, gradients = step(parameters, batch)
+    def sharded(parameters, *others):
+        found, gradients = step(parameters, *others)
         return found, jax.lax.with_sharding_constraint(gradients, shardings)
 
     return sharded
@@ -60,6 +60,19 @@ STEPS = {
 
 def counted(label):
     """Return how many collectives a plain step has, and what statistics add to them."""
+    plain, measured, args = steps(label)
+    return difference(reduced_in(plain, *args), reduced_in(measured, *args, None))
+
+
+def compared(label):
+    """Return how many collectives a step with statistics has, and what a fingerprint adds."""
+    _, measured, args = steps(label)
+    numbers = jax.device_put(jnp.zeros(DEVICES, jnp.int32), args[1]["x"].sharding)
+    return difference(*(reduced_in(measured, *args, one) for one in (None, numbers)))
+
+
+def steps(label):
+    """Return a plain step, one with statistics that takes a fingerprint, and arguments of both."""
     loss, lie, engine = STEPS[label]
     mesh = jax.make_mesh((DEVICES,), ("data",), axis_types=(AxisType.Auto,))
     shapes = {"in": (8, 8), "bias": (8,), "out": (8, 4)}
@@ -74,12 +87,18 @@ def counted(label):
     def mean(parameters, batch):
         return jnp.mean(jax.vmap(loss, (None, 0))(parameters, batch))
 
+    def with_fingerprint(axes=None):
+        measured = cabs_jax.value_and_grad(loss, axis_name=axes)
+        return lambda *args: measured(*args[:2], fingerprint=args[2])
+
     if engine == "shard_map":
-        share = partial(jax.shard_map, mesh=mesh, in_specs=specs, out_specs=P(), check_vma=False)
-        plain = share(lambda *args: jax.lax.pmean(jax.value_and_grad(mean)(*args), "data"))
-        measured = share(cabs_jax.value_and_grad(loss, axis_name="data"))
+        share = partial(jax.shard_map, mesh=mesh, out_specs=P(), check_vma=False)
+        plain = share(
+            lambda *args: jax.lax.pmean(jax.value_and_grad(mean)(*args), "data"), in_specs=specs
+        )
+        measured = share(with_fingerprint("data"), in_specs=(*specs, P("data")))
     else:
-        plain, measured = jax.value_and_grad(mean), cabs_jax.value_and_grad(loss)
+        plain, measured = jax.value_and_grad(mean), with_fingerprint()
         if lie == "cut":
             plain, measured = kept(plain, args), kept(measured, args)
-    return difference(*(reduced_in(step, *args) for step in (plain, measured)))
+    return plain, measured, args
