@@ -23,11 +23,11 @@ from cabs_jax.graph.arguments import Arguments, positions_of, read_arguments
 from cabs_jax.graph.program import Value
 from cabs_jax.graph.reading import read
 from cabs_jax.graph.traced import Traced
-from cabs_jax.marks import Marks
 from cabs_jax.masks import filled
 from cabs_jax.measure import run
 from cabs_jax.metric import metric_of, square_in
 from cabs_jax.norms import reductions
+from cabs_jax.perturbations import Perturbations
 from cabs_jax.rules import penalties, uses
 from cabs_jax.rules.plan import Leaf, Mode, plan_leaf, uses_of
 from cabs_jax.shares import Shares, axes_of, check_whole
@@ -216,21 +216,21 @@ def measure(
         if value in uses
     }
     names = dict(zip(inputs, arguments.paths, strict=True))
-    marks = Marks.of(leaves)
+    perturbed = Perturbations.of(leaves)
     anchor = meshes.varying(_anchor(arguments), arguments.varying)
     if mask is not None:
         mask = meshes.automatic(jnp.asarray, mask, like=jax.typeof(anchor))
     (ahead,) = meshes.spec_of(jax.typeof(anchor))
     zeros = jax.tree.map(
-        lambda one: meshes.broadcast(anchor, one, ahead).astype(one.dtype), marks.flat()
+        lambda one: meshes.broadcast(anchor, one, ahead).astype(one.dtype), perturbed.flat()
     )
 
     def backward(taps: Taps, leaves_of_all: Any, consts: Any, mask: Any, zeros: Any) -> Any:
-        """Return ``((loss, aux), (gradients, marks))``, with all that these depend on as inputs."""
+        """Return ``((loss, aux), gradients of both)``, with all that these depend on as inputs."""
         taken = arguments.with_leaves(leaves_of_all)
         args = taken.trees()
 
-        def mean_loss(parameters: Any, flat_marks: Any) -> tuple[Array, Any]:
+        def mean_loss(parameters: Any, perturbations: Any) -> tuple[Array, Any]:
             given = _with(taken, argnums, parameters, args)
 
             def one(batched: list[Any], flat: Any, anchor: Array) -> Any:
@@ -239,12 +239,12 @@ def measure(
                     leaf if axis is None else next(found)
                     for leaf, axis in zip(given, taken.axes, strict=True)
                 ]
-                return run(scope, leaves, taps, [*own, *consts], marks.rebuilt(flat), anchor)
+                return run(scope, leaves, taps, [*own, *consts], perturbed.rebuilt(flat), anchor)
 
             batched = taken.with_leaves(given).batched
             rows = [leaf if mask is None else filled(leaf, axis, mask) for leaf, axis in batched]
             axes = [axis for _, axis in batched]
-            losses, *aux = jax.vmap(one, in_axes=(axes, 0, 0))(rows, flat_marks, anchor)
+            losses, *aux = jax.vmap(one, in_axes=(axes, 0, 0))(rows, perturbations, anchor)
             if mask is None:
                 return jnp.mean(losses), aux
             total = jnp.sum(jnp.where(mask, losses, jnp.zeros_like(losses)))
@@ -259,7 +259,7 @@ def measure(
     if not bitwise and _is_worthwhile(arguments, sample):
         once = _differentiated_as(once, partial(backward, taps.summing()))
     (loss, aux), (gradients, flat_found) = once(arguments.leaves, closed.consts, mask, zeros)
-    found = marks.rebuilt(flat_found)
+    found = perturbed.rebuilt(flat_found)
     sampled = _counted(mask, examples, sample)
     share = jnp.ones((), jnp.float32) if sample in (None, examples) else counted / sampled
     shares = Shares.of(axes, counted, None if mask is None else examples)
@@ -371,19 +371,19 @@ def _counted(mask: Any, examples: int, sample: int | None = None) -> Array:
     return jnp.sum(is_taken, dtype=jnp.float32)
 
 
-def _square(leaf: Leaf, marks: Any, sample: int | None) -> Array:
+def _square(leaf: Leaf, perturbed: Any, sample: int | None) -> Array:
     """Return the sum over examples of squared norms of one parameter's gradients."""
     if leaf.mode is Mode.SQUARES:
-        return jnp.sum(marks)
-    some = jax.tree.map(lambda array: array[:sample], marks)
+        return jnp.sum(perturbed)
+    some = jax.tree.map(lambda array: array[:sample], perturbed)
     if leaf.mode is Mode.GRADIENTS:
         return jnp.sum(reductions.square(some))
     return jnp.sum(uses.square(leaf.factors, some))
 
 
-def _weighted_square(leaf: Leaf, marks: Any, weight: Any, sample: int | None) -> Array:
+def _weighted_square(leaf: Leaf, perturbed: Any, weight: Any, sample: int | None) -> Array:
     """Return the same with each coordinate's squares multiplied by its weight."""
-    some = jax.tree.map(lambda array: array[:sample], marks)
+    some = jax.tree.map(lambda array: array[:sample], perturbed)
     if leaf.mode is Mode.GRADIENTS:
         found = reductions.wide(some)
         found = jnp.sum(jnp.real(found * jnp.conj(found)), axis=0)

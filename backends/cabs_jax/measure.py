@@ -26,7 +26,7 @@ from cabs_jax.graph.program import (
     sources_of,
     view_of,
 )
-from cabs_jax.marks import Marks, like
+from cabs_jax.perturbations import Perturbations, like
 from cabs_jax.rules.plan import Leaf, Mode, Site, uses_of
 from cabs_jax.taps import Measured, Modes, Taps, by_derivative, tap
 
@@ -36,7 +36,7 @@ def run(
     leaves: Mapping[Value, Leaf],
     taps: Taps,
     inputs: Sequence[Any],
-    marks: Marks,
+    perturbations: Perturbations,
     anchor: Array,
 ) -> list[Any]:
     """Return the loss of one example, and what else the program gives.
@@ -46,11 +46,11 @@ def run(
         leaves: How each parameter is measured, by the input that it is.
         taps: How operations are measured.
         inputs: Those of the program.
-        marks: Those of the parameters.
+        perturbations: Those of the parameters.
         anchor: False, for each example by itself.
     """
     modes = {value: Measured(leaf.mode, (value,)) for value, leaf in leaves.items()}
-    return _Run(taps, anchor).scope(scope, inputs, modes, marks)
+    return _Run(taps, anchor).scope(scope, inputs, modes, perturbations)
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,9 @@ class _Run:
     taps: Taps
     anchor: Array
 
-    def scope(self, scope: Scope, inputs: Sequence[Any], modes: Modes, marks: Marks) -> list[Any]:
+    def scope(
+        self, scope: Scope, inputs: Sequence[Any], modes: Modes, perturbations: Perturbations
+    ) -> list[Any]:
         """Return the outputs.
 
         ``modes`` tells of each input of the scope how it is measured.
@@ -69,7 +71,7 @@ class _Run:
             given = [known_value(atom, known) for atom in operation.inputs]
             tapped = operation.is_meeting and operation.is_needed and self.taps.at(operation, modes)
             if isinstance(operation, Nested):
-                outputs = self.nested(operation, given, known, modes, marks)
+                outputs = self.nested(operation, given, known, modes, perturbations)
             elif isinstance(operation, Spread):
                 outputs = [self.spread(given[0])]
             else:
@@ -77,7 +79,7 @@ class _Run:
                 if operation.is_meeting and not all(one.is_certain for one in operation.outputs):
                     outputs = [self.spread(output) for output in outputs]
             if tapped:
-                outputs = tapped.on(outputs, known, marks)
+                outputs = tapped.on(outputs, known, perturbations)
             known.update(zip(operation.outputs, outputs, strict=True))
         return [known_value(atom, known) for atom in scope.outputs]
 
@@ -88,16 +90,18 @@ class _Run:
         anchor = meshes.broadcast(self.anchor, jax.typeof(value))
         return lax.select(anchor, lax.full_like(value, 0), value)
 
-    def pull(self, operand: Any, known: Mapping[Value, Any], modes: Modes, marks: Marks) -> Any:
+    def pull(
+        self, operand: Any, known: Mapping[Value, Any], modes: Modes, perturbations: Perturbations
+    ) -> Any:
         """Return zeros like a value made of parameters, whose cotangent is passed on to them."""
         sources, makers = sources_of([operand])
         if not makers:
-            return marks.gradients[operand]
+            return perturbations.gradients[operand]
         site = Site(tuple(sources), tuple(makers))
         end = Spread(None, (operand,), (Value(operand.aval, Status.EXAMPLE),))
         found, atoms = self.taps.derivative(end, site, [modes[source] for source in sources])
         kept = tuple(known_value(atoms[at], known) for at in found.kept)
-        slots = [marks.gradients[source] for source in sources]
+        slots = [perturbations.gradients[source] for source in sources]
         wanted = dict.fromkeys(range(len(sources)), Mode.GRADIENTS)
         wide = like(operand)
         zeros = self.spread(meshes.broadcast(jnp.zeros((), wide.dtype), wide))
@@ -115,9 +119,9 @@ class _Run:
         given: Sequence[Any],
         known: Mapping[Value, Any],
         modes: Modes,
-        marks: Marks,
+        perturbations: Perturbations,
     ) -> list[Any]:
-        """Run what an operation runs, with the marks that it needs."""
+        """Run what an operation runs, with the perturbations that it needs."""
         inner_modes: list[dict[Value, Measured]] = []
         handed: dict[int, Array] = {}
         for body in operation.bodies:
@@ -136,32 +140,38 @@ class _Run:
                     leaves = tuple(leaf for one in outer for leaf in one.leaves)
                     found[value] = Measured(Mode.GRADIENTS, leaves)
                 if found[value].mode is Mode.GRADIENTS and at not in handed:
-                    handed[at] = self.pull(operand, known, modes, marks)
+                    handed[at] = self.pull(operand, known, modes, perturbations)
             inner_modes.append(found)
         inner = [
-            replace(marks, gradients={body.inputs[at]: array for at, array in handed.items()})
+            replace(
+                perturbations, gradients={body.inputs[at]: array for at, array in handed.items()}
+            )
             for body in operation.bodies
         ]
         if operation.name == "cond":
             branches = [
-                lambda *operands, body=body, modes=modes, marks=marks: self.scope(
-                    body, operands, modes, marks
+                lambda *operands, body=body, modes=modes, perturbations=perturbations: self.scope(
+                    body, operands, modes, perturbations
                 )
-                for body, modes, marks in zip(operation.bodies, inner_modes, inner, strict=True)
+                for body, modes, perturbations in zip(
+                    operation.bodies, inner_modes, inner, strict=True
+                )
             ]
             outputs: list[Any] = lax.switch(given[0], branches, *given[1:])
             return outputs
-        (body,), (found,), (marks,) = operation.bodies, inner_modes, inner
+        (body,), (found,), (perturbations,) = operation.bodies, inner_modes, inner
         if operation.name == "scan":
-            return self.loop(operation, given, found, marks)
-        run = _like_function(operation, lambda *given: self.scope(body, given, found, marks))
+            return self.loop(operation, given, found, perturbations)
+        run = _like_function(
+            operation, lambda *given: self.scope(body, given, found, perturbations)
+        )
         made: list[Any] = run(*given)
         return made
 
     def loop(
-        self, operation: Nested, given: Sequence[Any], modes: Modes, marks: Marks
+        self, operation: Nested, given: Sequence[Any], modes: Modes, perturbations: Perturbations
     ) -> list[Any]:
-        """Run a loop: each iteration has its own marks for factors, and for slices."""
+        """Run a loop: each iteration has its own perturbations for factors, and for slices."""
         (body,) = operation.bodies
         params = operation.equation.params
         first = params["num_consts"]
@@ -169,16 +179,22 @@ class _Run:
         inside = joins_of(body)
         sliced = set(body.inputs[last:])
         of_all = {
-            source: array for source, array in marks.gradients.items() if source not in sliced
+            source: array
+            for source, array in perturbations.gradients.items()
+            if source not in sliced
         }
-        of_one = {source: array for source, array in marks.gradients.items() if source in sliced}
-        factors = {meeting: pair for meeting, pair in marks.factors.items() if meeting in inside}
+        of_one = {
+            source: array for source, array in perturbations.gradients.items() if source in sliced
+        }
+        factors = {
+            meeting: pair for meeting, pair in perturbations.factors.items() if meeting in inside
+        }
         keys = list(of_one), list(factors)
 
         def iterate(carry: Any, slices: Any) -> Any:
             given_slices, gradients, pairs = slices
-            own = Marks(
-                marks.squares,
+            own = Perturbations(
+                perturbations.squares,
                 dict(zip(keys[1], pairs, strict=True)),
                 of_all | dict(zip(keys[0], gradients, strict=True)),
             )

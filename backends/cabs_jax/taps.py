@@ -28,8 +28,8 @@ from cabs_jax.graph.program import (
     known_value,
 )
 from cabs_jax.graph.vjp import Derivative, derivative
-from cabs_jax.marks import Marks
 from cabs_jax.norms import reductions
+from cabs_jax.perturbations import Perturbations
 from cabs_jax.rules.plan import Mode, Site, site_of
 
 Backward = Callable[[Sequence[Any], Sequence[Any]], tuple[list[Any], list[Any]]]
@@ -121,11 +121,13 @@ class Tap:
         atoms = zip(self.meeting.inputs, given, strict=True)
         return [lax.stop_gradient(one) if is_parameter(atom) else one for atom, one in atoms]
 
-    def on(self, outputs: Sequence[Any], known: Mapping[Value, Any], marks: Marks) -> list[Any]:
+    def on(
+        self, outputs: Sequence[Any], known: Mapping[Value, Any], perturbations: Perturbations
+    ) -> list[Any]:
         """Return the outputs, so that their cotangents are measured."""
         meeting, site = self.meeting, self.site
         slots = [
-            marks.slot(meeting, site.sources[at], one.leaves, one.mode)
+            perturbations.slot(meeting, site.sources[at], one.leaves, one.mode)
             for at, one in self.measured.items()
         ]
         chosen = {one.mode for one in self.measured.values()}

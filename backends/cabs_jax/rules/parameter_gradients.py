@@ -43,15 +43,6 @@ class Rule(Protocol):
         """
 
 
-class Summed(Rule, Protocol):
-    """A rule that forms an example's gradient."""
-
-    def square_and_sum(
-        self, others: Sequence[Array], cotangents: Array, shape: Sequence[int]
-    ) -> tuple[Array, Array]:
-        """Return |g_i|^2, and the sum of all g_i, in the operand's shape."""
-
-
 class Axes(NamedTuple):
     """Which axes of a parameter are batched, which a product sums over, and which are left."""
 

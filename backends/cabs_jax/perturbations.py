@@ -1,4 +1,4 @@
-"""The further inputs of a measured loss: zeros, whose cotangents are what is measured.
+"""Perturbations of a loss, which are zero: further inputs, whose cotangents are what is measured.
 
 Guarantees: no value depends on them.
 """
@@ -18,8 +18,8 @@ from cabs_jax.rules.plan import Leaf, Mode
 
 
 @dataclass(frozen=True)
-class Marks:
-    """The further inputs.
+class Perturbations:
+    """The perturbations.
 
     Args:
         squares: For each parameter measured so, a number.
@@ -32,8 +32,8 @@ class Marks:
     gradients: dict[Value, Any]
 
     @classmethod
-    def of(cls, leaves: Mapping[Value, Leaf]) -> Marks:
-        """Return the marks of one example, as shapes and types."""
+    def of(cls, leaves: Mapping[Value, Leaf]) -> Perturbations:
+        """Return the perturbations of one example, as shapes and types."""
         found = cls({}, {}, {})
         for value, leaf in leaves.items():
             dtype = reductions.sum_type(value.aval.dtype)
@@ -56,10 +56,10 @@ class Marks:
         squares, factors, gradients = (list(part.values()) for part in parts)
         return squares, factors, gradients
 
-    def rebuilt(self, flat: tuple[list[Any], list[Any], list[Any]]) -> Marks:
-        """Return marks like these from other arrays."""
+    def rebuilt(self, flat: tuple[list[Any], list[Any], list[Any]]) -> Perturbations:
+        """Return perturbations like these from other arrays."""
         squares, factors, gradients = flat
-        return Marks(
+        return Perturbations(
             dict(zip(self.squares, squares, strict=True)),
             dict(zip(self.factors, factors, strict=True)),
             dict(zip(self.gradients, gradients, strict=True)),
