@@ -117,7 +117,8 @@ def chunks(elements: int, device: torch.device) -> int:
 
 
 def _most(device: torch.device) -> int:
-    return _CHUNK if tracing.may_look(device) else _CHUNK_OF_DEVICE
+    is_near = tracing.may_look(device) or tracing.is_traced()
+    return _CHUNK if is_near else _CHUNK_OF_DEVICE
 
 
 def with_squares(total: Tensor | None, rows: Tensor) -> Tensor:
