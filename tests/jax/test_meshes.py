@@ -139,6 +139,24 @@ def test_a_batch_sharded_by_an_explicit_axis_is_exact_without_jit(name):
 
 
 @pytest.mark.skipif(IS_OLD, reason="JAX has no such gradient")
+@pytest.mark.parametrize("is_jitted", [True, False])
+@pytest.mark.parametrize("name", LOSSES)
+def test_parameters_that_are_on_no_mesh_go_with_a_batch_on_an_explicit_one(name, is_jitted):
+    mesh, loss_fn = mesh_of((EXPLICIT, EXPLICIT)), LOSSES[name]
+
+    def step(parameters, batch):
+        found = cabs_jax.value_and_grad(loss_fn)(parameters, batch)
+        return found, jax.tree.map(lambda one, by: one - 0.1 * by, parameters, found[1])
+
+    with jax.set_mesh(mesh):
+        batch = placed(mesh, BATCH, P("data"))
+        found, moved = (jax.jit(step) if is_jitted else step)(PARAMETERS, batch)
+    assert_exact(found, loss_fn)
+    expected = jax.tree.map(lambda one, by: one - 0.1 * by, PARAMETERS, jax.device_get(found[1]))
+    assert_same(jax.device_get(moved), jax.device_get(expected), ulps=4)
+
+
+@pytest.mark.skipif(IS_OLD, reason="JAX has no such gradient")
 def test_a_batch_on_a_mesh_as_jax_makes_it_is_exact():
     mesh = jax.make_mesh((4,), ("data",))
     with jax.set_mesh(mesh):

@@ -134,7 +134,8 @@ def read_arguments(args: Sequence[Any], argnums: Sequence[int], in_axes: Any) ->
     examples = next(iter(sizes.values()))
     if not examples:
         raise ValueError("a batch must hold at least one example, got none")
-    return Arguments(tuple(leaves), tuple(paths), tuple(axes), tuple(parameters), treedef, examples)
+    whole = tuple(meshes.placed(leaves))
+    return Arguments(whole, tuple(paths), tuple(axes), tuple(parameters), treedef, examples)
 
 
 def _shown(sizes: Mapping[str, int]) -> str:

@@ -81,6 +81,19 @@ def explicit_mesh(avals: Iterable[Any]) -> Any:
     return None
 
 
+def placed(leaves: Sequence[Any]) -> Sequence[Any]:
+    """Return leaves, those of no mesh on all devices of the one with Explicit axes, if any is."""
+    avals = [*map(jax.typeof, leaves)]
+    mesh = explicit_mesh(avals)
+    if mesh is None:
+        return leaves
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    return [
+        jax.sharding.reshard(leaf, everywhere) if mesh_of(aval) is None else leaf
+        for leaf, aval in zip(leaves, avals, strict=True)
+    ]
+
+
 def broadcast(array: Array, like: Any, ahead: Any = None) -> Array:
     """Return an array that is the same all over the axes of a type, behind its own.
 
