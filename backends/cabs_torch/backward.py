@@ -32,7 +32,8 @@ from cabs_torch.norms.sums import ElementwiseSums, SquareSums
 from cabs_torch.optimizers import metric_of
 from cabs_torch.options import Groups, as_groups, check_beside
 from cabs_torch.plans import walked
-from cabs_torch.ranks.engines import Engine, MeanGradient, has_answered
+from cabs_torch.ranks.arrived import MeanGradient
+from cabs_torch.ranks.engines import Engine, has_answered
 from cabs_torch.ranks.process_groups import (
     batch_of,
     check_whole,

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from cabs_torch.errors import describe
-from cabs_torch.ranks.engines import as_used
+from cabs_torch.ranks.arrived import as_used
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from cabs import GradientStatistics
 from cabs_torch import tracing
 from cabs_torch.norms.sums import SquareSums
 from cabs_torch.options import as_groups, parameter_lists
-from cabs_torch.ranks.engines import MeanGradient, as_used
+from cabs_torch.ranks.arrived import MeanGradient, as_used
 from cabs_torch.ranks.process_groups import check_whole, group_of
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from cabs import GradientStatistics
-from cabs_torch.ranks.engines import arriving, check_alike
+from cabs_torch.ranks.arrived import arriving, check_alike
 from cabs_torch.ranks.share import Share
 from cabs_torch.statistics import BatchStatistics
 

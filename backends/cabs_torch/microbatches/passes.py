@@ -21,7 +21,7 @@ from cabs_torch.norms import reductions
 from cabs_torch.norms.sums import SquareSums, Weights
 from cabs_torch.optimizers import metric_of
 from cabs_torch.options import as_groups, parameter_lists
-from cabs_torch.ranks.engines import MeanGradient, make_whole, pieces_of
+from cabs_torch.ranks.arrived import MeanGradient, make_whole, pieces_of
 from cabs_torch.ranks.process_groups import group_of, is_distributed
 from cabs_torch.ranks.share import Share
 from cabs_torch.statistics import BatchStatistics
