@@ -1,6 +1,7 @@
 """Exact gradient statistics for JAX, from the backward pass that training does anyway.
 
 Guarantees: measures and decides nothing; loss and gradients are those of ``jax.value_and_grad``.
+Imports ``cabs.gradients`` and ``cabs.values`` alone: feeding and deciding are the core's.
 """
 
 from cabs.gradients.errors import UncoveredParameterError

@@ -2,6 +2,8 @@
 
 Guarantees: measures, feeds, and decides nothing; gradients are those of ``tf.GradientTape``,
 to rounding.
+Imports ``cabs.gradients`` and ``cabs.values``; ``data`` and ``keras`` import
+more of the core.
 """
 
 from cabs.gradients.errors import UncoveredParameterError

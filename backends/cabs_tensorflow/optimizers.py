@@ -48,6 +48,8 @@ def metric_of(optimizer: Any) -> Metric | None:
         TypeError: If the optimizer's step is not known.
         ValueError: If it is not built yet, or steps with the gradients of several batches.
     """
+    # What scales the loss holds the one that steps.
+    optimizer = getattr(optimizer, "inner_optimizer", optimizer)
     kind = type(optimizer)
     # By their names, since a loop without Keras does not import it.
     is_known = kind.__module__.startswith("keras.") and kind.__name__ in _ROOTS

@@ -1,6 +1,7 @@
 """Exact gradient statistics for PyTorch, from the backward pass that training does anyway.
 
 Guarantees: measures, feeds, and decides nothing; the gradients are those of a plain backward pass.
+Imports ``cabs.gradients`` and ``cabs.values``, for feeding ``cabs.data``, and no controller.
 """
 
 from cabs.gradients.errors import UncoveredParameterError

@@ -28,8 +28,8 @@ class Pulled:
         term: Those of what was made.
         pull: From these, shape (n, *term.shape), to the parameter's, (n, *shape).
         shape: The parameter's.
-        is_rearranged: Whether it was only rearranged or cut: elements keep their values, and
-            squared norms are the same.
+        is_rearranged: Whether it was only rearranged or cut, so that squared norms are the same,
+            and ``pull`` serves squares of elements, too: it keeps their signs, and their type.
         how: How it was rearranged; two that have the same were rearranged alike. None if that is
             not known.
         part: What cut it into parts that do not overlap, and which of them this is; None if it was
@@ -64,9 +64,9 @@ class Pulled:
 
 def total_squares(arrays: Arrays, uses: Sequence[Term]) -> Squares:
     """Return |g_i|^2 of the sum over the uses of a parameter."""
-    alike = _of_what_was_made(uses)
-    if alike is not None:
-        return total_squares(arrays, alike)
+    inner = _of_what_was_made(uses)
+    if inner is not None:
+        return total_squares(arrays, inner)
     if len(uses) == 1 and not isinstance(uses[0], Pulled):
         return uses[0].squares(arrays)
     parts = _by_part(uses)
@@ -85,9 +85,9 @@ def total_squares(arrays: Arrays, uses: Sequence[Term]) -> Squares:
 
 def coordinate_squares(arrays: SummingArrays, uses: Sequence[Any]) -> Array:
     """Return the sum over examples of the elementwise squares of the same, (1, *shape)."""
-    alike = _of_what_was_made(uses)
-    if alike is not None:
-        pulled: Array = uses[0].pull(coordinate_squares(arrays, alike))
+    inner = _of_what_was_made(uses)
+    if inner is not None:
+        pulled: Array = uses[0].pull(coordinate_squares(arrays, inner))
         return pulled
     parts = _by_part(uses)
     if parts is not None:

@@ -194,6 +194,37 @@ def test_whatever_lies_between_a_variable_and_its_uses(name, positions):
     assert float(weighted.group_square_sum) == pytest.approx(expected.sum(), rel=1e-4)
 
 
+@pytest.mark.parametrize("how", ["whole", "split", "sliced"])
+@pytest.mark.parametrize("size", [1e-5, 1000.0])
+def test_squares_of_a_cut_in_half_precision_neither_overflow_nor_vanish(how, size):
+    weight = tf.Variable(tf.ones((4, 6)))
+    inputs = tf.constant(size, tf.float16, (3, 4))
+
+    @tf.function
+    def step():
+        with cabs_tensorflow.GradientTape() as tape:
+            half = tf.cast(weight, tf.float16)
+            cut = {"whole": [half], "split": halves(half), "sliced": [half[:, :4], half[:, 4:]]}
+            scores = tf.concat([inputs @ part for part in cut[how]], axis=1)
+            losses = tf.reduce_sum(tf.cast(scores, tf.float32), axis=1)
+        return tape.gradient(losses, [weight], optimizer=lambda gradient, _: tf.ones_like(gradient))
+
+    expected = 3 * 24 * float(inputs[0, 0]) ** 2
+    assert float(step()[1].group_square_sum) == pytest.approx(expected, rel=2e-2)
+
+
+def test_an_optimizer_that_scales_the_loss_has_the_metric_of_the_one_inside():
+    variable = keras.Variable(np.array([1.0, -2.0]), dtype="float32")
+    inner = keras.optimizers.Adam(0.1)
+    outer = keras.optimizers.LossScaleOptimizer(inner)
+    outer.build([variable])
+    gradient = tf.constant([0.3, -0.2])
+    one, other = (
+        cabs_tensorflow.optimizers.metric_of(some)(gradient, variable) for some in (inner, outer)
+    )
+    np.testing.assert_array_equal(one, other)
+
+
 def test_one_product_is_not_materialized_and_exact():
     dense, inputs = keras.layers.Dense(3), tf.constant(np.eye(4, 5) + 0.5, tf.float32)
     dense.build((None, 5))

@@ -11,10 +11,8 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 from jax import Array
 
-from cabs.gradients import shared_weights
-from cabs.gradients import terms as terms_of
-from cabs.gradients import uses as terms_of_uses
-from cabs.gradients.terms import Term
+from cabs.gradients import shared_weights, terms
+from cabs.gradients import uses as core
 from cabs_jax.norms.arrays import ARRAYS
 from cabs_jax.rules.parameter_gradients import Lookup
 from cabs_jax.rules.plan import Factors, known
@@ -51,17 +49,17 @@ def coordinate_squares(
 
     Of uses of one kind, all of them of the whole parameter; arguments are those of :func:`square`.
     """
-    terms: list[Term] = []
+    found: list[terms.Term] = []
     for use, (left, right) in zip(uses, factors, strict=True):
         if isinstance(use.rule, Lookup):
             rows = right.reshape(*left.shape, -1)
-            terms.append(terms_of.Lookup(left.astype(jnp.int32), rows, tuple(shape)))
+            found.append(terms.Lookup(left.astype(jnp.int32), rows, tuple(shape)))
         else:
             sides = (_arranged(use, left, use.axes.left), _arranged(use, right, use.axes.right))
             axes = (tuple(sorted(known(some))) for some in use.axes)
-            terms.append(terms_of.Product(*sides, tuple(shape), *axes))
-    found: Array = terms_of_uses.coordinate_squares(ARRAYS, terms)[0]
-    return found
+            found.append(terms.Product(*sides, tuple(shape), *axes))
+    squares: Array = core.coordinate_squares(ARRAYS, found)[0]
+    return squares
 
 
 def _arranged(use: Factors, factor: Array, axes: Sequence[int | None]) -> Array:

@@ -141,7 +141,10 @@ def ancestors(outputs: Iterable[Any], is_end: Callable[[Any], bool] = lambda _: 
 
 
 def copied(
-    operations: Sequence[Any], replaced: Mapping[str, Any], wanted: Sequence[str]
+    operations: Sequence[Any],
+    replaced: Mapping[str, Any],
+    wanted: Sequence[str],
+    dtype: Any = None,
 ) -> list[Any]:
     """Return tensors of a copy of some operations, in the graph that is being traced.
 
@@ -149,6 +152,7 @@ def copied(
         operations: What is copied.
         replaced: By their names, tensors that stand for others.
         wanted: Names of the tensors to return.
+        dtype: What the operations take in place of their own type, if it is not that.
     """
     made = {operation.name for operation in operations}
     definition, given = tf.compat.v1.GraphDef(), {}
@@ -160,6 +164,8 @@ def copied(
             node.input.append(one.name)
             if one.name in replaced or one.op.name not in made:
                 given[one.name] = _here(replaced.get(one.name, one))
+        if dtype is not None:
+            node.attr["T"].type = dtype.as_datatype_enum
         # Colocation with operations that are not copied.
         node.attr.pop("_class", None)
     definition.versions.CopyFrom(operations[0].graph.graph_def_versions)

@@ -167,6 +167,7 @@ class Shared:
             return Pulled(term, pull, shape, True, ("Reshape", shape, term.shape))
         if name == "Neg":
             return Pulled(term, tf.negative, shape)
+        # Equal slices that are written twice count as different: right, and dearer.
         how = (tensor.name, term.shape)
         # Slices can overlap.
         part = None if name in ("Slice", "StridedSlice") else (operation.name, tensor.value_index)
@@ -203,12 +204,19 @@ def _pull(
     """Return the function from gradients of a tensor to those of what it was computed from."""
 
     def pull(gradients: Any) -> Any:
+        # What only cuts a tensor keeps the precision, since squares pass through it too.
+        is_cut = all(operation.type in _CUTTING for operation in operations)
+        dtype = gradients.dtype if is_cut else tensor.dtype
+
         def one(row: Any) -> Any:
-            given = {single.name: tf.identity(single) for single in inputs}
-            (output,) = copied(operations, given, [tensor.name])
-            found = tf.gradients(output, list(given.values()), grad_ys=[tf.cast(row, tensor.dtype)])
+            given = {
+                single.name: tf.cast(single, dtype) if is_cut else tf.identity(single)
+                for single in inputs
+            }
+            (output,) = copied(operations, given, [tensor.name], dtype if is_cut else None)
+            found = tf.gradients(output, list(given.values()), grad_ys=[tf.cast(row, dtype)])
             parts = [part for part in found if part is not None]
-            total = tf.add_n(parts) if parts else tf.zeros(shape, tensor.dtype)
+            total = tf.add_n(parts) if parts else tf.zeros(shape, dtype)
             return tf.cast(tf.ensure_shape(total, shape), gradients.dtype)
 
         spec = tf.TensorSpec(shape, gradients.dtype)

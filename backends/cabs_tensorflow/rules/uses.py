@@ -45,11 +45,11 @@ def squares_and_sum(
 
 def total_squares(functions: SharedFunctions, terms: Sequence[Term]) -> Any:
     """Return the sum over examples of the squared norm of a variable's gradient, over its uses."""
-    term: Any = terms[0]
-    while isinstance(term, Pulled) and term.is_rearranged:
-        term = term.term
     if len(terms) > 1:
         return uses.total_squares(ARRAYS, terms)
+    (term,) = terms
+    while isinstance(term, Pulled) and term.is_rearranged:
+        term = term.term
     return _ask(functions, _of_norms, term)
 
 
