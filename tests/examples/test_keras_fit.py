@@ -4,10 +4,18 @@ import re
 import sys
 from pathlib import Path
 
+import pytest
+
 import cabs
 from tests.processes import finished
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "keras_fit.py"
+
+
+@pytest.fixture(autouse=True)
+def nothing_set(monkeypatch):
+    """What the caller has set says what is shown."""
+    monkeypatch.delenv("TF_CPP_MIN_LOG_LEVEL", raising=False)
 
 
 def test_digits_are_learned_by_fit_while_the_batch_size_moves(tmp_path):
