@@ -14,7 +14,7 @@ EXAMPLE = Path(__file__).parents[2] / "examples" / "keras_fit.py"
 
 @pytest.fixture(autouse=True)
 def nothing_set(monkeypatch):
-    """What the caller has set says what is shown."""
+    """Leave out what the caller has set of what is shown."""
     monkeypatch.delenv("TF_CPP_MIN_LOG_LEVEL", raising=False)
 
 
