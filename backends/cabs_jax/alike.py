@@ -68,8 +68,7 @@ def _rows(sharding: NamedSharding) -> tuple[int, NamedSharding]:
             f'jax.NamedSharding(mesh, P("data")), got {sharding!r}'
         )
     names = next(iter(sharding.spec), None)
-    some = (names,) if isinstance(names, str) else names or ()
-    shares = math.prod(sharding.mesh.shape[name] for name in some)
+    shares = math.prod(sharding.mesh.shape[name] for name in meshes.names_of(names))
     rows = NamedSharding(sharding.mesh, PartitionSpec(names))
     holders: dict[int, set[int]] = {}
     where: Any = rows.devices_indices_map((shares,))

@@ -70,7 +70,7 @@ class Shares:
 
 def axes_of(axis_name: str | Sequence[str] | None, own: Arguments, mask: Any) -> tuple[str, ...]:
     """Return the axes that are named, or raise ValueError if they cannot be those of examples."""
-    axes = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name or ())
+    axes = meshes.names_of(axis_name)
     try:
         for axis in axes:
             lax.axis_index(axis)

@@ -125,7 +125,7 @@ class PartialStatistics:
         """
         _check_together(self.group_square_sum, gradients)
         square = square_of(gradients)
-        axes = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name or ())
+        axes = meshes.names_of(axis_name)
         return BatchStatistics(
             self.examples,
             self.groups,

@@ -49,6 +49,11 @@ def spec_of(aval: Any) -> tuple[Any, ...]:
     return spec + (None,) * (len(aval.shape) - len(spec))
 
 
+def names_of(axes: str | Sequence[str] | None) -> tuple[str, ...]:
+    """Return the names of axes that are given as JAX takes them: one, several, or none."""
+    return (axes,) if isinstance(axes, str) else tuple(axes or ())
+
+
 def varying_of(aval: Any) -> frozenset[str]:
     """Return over which manual axes a value differs, as far as JAX checks it."""
     manual = getattr(aval, "manual_axis_type", None)
@@ -164,5 +169,5 @@ class Explicit:
 
     def fitting(self, names: Any, size: int) -> Any:
         """Return the axes of the mesh by which an axis is sharded, if its length can be."""
-        some = (names,) if isinstance(names, str) else names or ()
-        return names if size % math.prod(self.mesh.shape[name] for name in some) == 0 else None
+        shards = math.prod(self.mesh.shape[name] for name in names_of(names))
+        return names if size % shards == 0 else None

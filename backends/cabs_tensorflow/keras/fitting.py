@@ -300,10 +300,13 @@ class AdaptiveBatchSize(_Model):
             batch = iterator.get_next_as_optional() if is_dataset else next(iterator)
             if is_dataset and not batch.has_value():
                 raise StopIteration
-            examples = len(tf.nest.flatten(batch.get_value() if is_dataset else batch)[0])
-            if is_dataset and feed.drawn is not None:
-                feed.drawn.give(examples)
-            given = feed.of_step(examples) if is_compared else {}
+            drawn = feed.drawn if is_dataset else None
+            given: Given = {}
+            if is_compared or drawn is not None:
+                examples = len(tf.nest.flatten(batch.get_value() if is_dataset else batch)[0])
+                given = feed.of_step(examples) if is_compared else {}
+                if drawn is not None:
+                    drawn.give(examples)
             logs = dict((unpacked if is_dataset else compiled)(batch, given))
             logs.update(feed(*logs.pop(_MEASURED)))
             return logs
