@@ -98,6 +98,7 @@ def main() -> None:
                     loss=f"{decision.observation.loss:.3f}",
                     accuracy=f"{float(step.accuracy):.3f}",
                     batch=decision.batch_size,
+                    refresh=False,
                 )
 
     if rank:

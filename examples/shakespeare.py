@@ -78,7 +78,9 @@ def main() -> None:
                 log.write(decision, examples=len(indices), accuracy=step.accuracy)
                 progress.update()
                 progress.set_postfix(
-                    loss=f"{decision.observation.loss:.3f}", batch=decision.batch_size
+                    loss=f"{decision.observation.loss:.3f}",
+                    batch=decision.batch_size,
+                    refresh=False,
                 )
 
     run = cabs.read_run(path)

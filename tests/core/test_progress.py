@@ -384,6 +384,37 @@ def test_during_a_warm_up_the_size_follows_the_rate_and_forgets_it_afterwards():
         assert again < asked if step < 99 else again == asked
 
 
+def test_a_decaying_rate_asks_for_as_much_less_as_it_is_smaller():
+    losses = [5.0 * (k + 0.5) ** -0.5 for k in range(1000)]
+    usual = Controller(16, sizes=WIDE, rule=Progress(0.0))
+    decayed = Controller(16, sizes=WIDE, rule=Progress(0.0))
+    for step, loss in enumerate(losses):
+        share = 0.5 * (1.0 + math.cos(math.pi * step / len(losses)))
+        asked = usual.update(learning_rate=0.1, variance_trace=4000.0, loss=loss).raw
+        again = decayed.update(learning_rate=0.1 * share, variance_trace=4000.0, loss=loss).raw
+        # Without overhead the size is proportional to the rate of the step.
+        assert again == pytest.approx(share * asked)
+
+
+@pytest.mark.parametrize("floor", [0.0, None])
+def test_a_loss_that_rises_after_a_long_fall_moves_the_size_by_little_more_than_two(floor):
+    usual, risen = (
+        Controller(16, sizes=WIDE, rule=Progress(300.0, loss_floor=floor)) for _ in range(2)
+    )
+    ratios = []
+    for step in range(8000):
+        loss = 5.0 * (step + 0.5) ** -0.5
+        expected = usual.update(learning_rate=0.1, variance_trace=4000.0, loss=loss).raw
+        # To twice as much at step 1500, and back at 2000.
+        loss *= 1.0 + max(0.0, 1.0 - abs(step - 1500) / 500)
+        asked = risen.update(learning_rate=0.1, variance_trace=4000.0, loss=loss).raw
+        if step >= 1000:
+            ratios.append(asked / expected)
+    # It asks for more as long as the rise is in the later stretch, and for less in the earlier.
+    assert np.argmax(ratios) < 2000 < np.argmin(ratios)
+    assert 0.5 < min(ratios) < 1.0 < max(ratios) < 2.5
+
+
 def test_a_warm_up_from_a_rate_of_zero_leaves_adam_a_large_batch():
     controller = Controller(sizes=BatchSizes.range(16, 4096), rule=Progress(1024, adaptive=True))
     sizes = [controller.batch_size]

@@ -17,7 +17,8 @@ DATA = Path(__file__).parents[3] / "shared" / "data"
 def run(out, *options, starter=("-W", "error"), says="batch sizes from"):
     command = [sys.executable, *starter, str(EXAMPLE), "--out", str(out), *options]
     result = finished(command)
-    assert result.returncode == 0, result.stderr
+    # Its end says why, after what every step has shown.
+    assert result.returncode == 0, result.stderr[-5000:]
     accuracy = re.search(r"test accuracy (\d\.\d+)", result.stdout)
     assert accuracy, result.stdout
     assert re.search(says, result.stdout), result.stdout

@@ -1,5 +1,6 @@
 """Norms in the metric of an optimizer's step, against loops over the examples."""
 
+import re
 from typing import Any, NamedTuple
 
 import jax
@@ -138,6 +139,22 @@ def test_a_metric_of_one_is_no_metric_and_takes_several_arguments():
     weighed = cabs_jax.value_and_grad(loss, (0, 1), metric=lambda g: jax.tree.map(jnp.ones_like, g))
     for one, other in zip(*(jax.tree.leaves(f(*args)) for f in (plain, weighed)), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-12)
+
+
+def test_one_product_an_example_is_not_materialized():
+    examples, inputs, outputs = 16, 40, 30
+    weight, data = jnp.full((inputs, outputs), 0.01), jnp.ones((examples, inputs))
+    loss = lambda weight, example: jnp.sum(jnp.tanh(example @ weight))  # noqa: E731
+
+    def largest(step):
+        program = jax.jit(step).lower(weight, data).compile().as_text()
+        shapes = re.findall(r"f(?:32|64)\[([\d,]+)\]", program)
+        return max(np.prod([int(size) for size in shape.split(",")]) for shape in shapes)
+
+    assert largest(cabs_jax.value_and_grad(loss, metric=of_roots)) == inputs * outputs
+    # Those of all examples are seen where they are formed.
+    each = jax.vmap(jax.grad(loss), (None, 0))
+    assert largest(lambda weight, data: each(weight, data) + 1.0) == examples * inputs * outputs
 
 
 def test_half_precision_is_squared_in_single():

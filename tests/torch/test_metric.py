@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 import cabs
@@ -185,6 +187,31 @@ def test_the_metric_of_gradient_descent_is_that_of_no_metric(options):
     plain = cabs_torch.backward(squares(model(inputs), targets), parameter_groups=optimizer)
     assert torch.equal(found.group_square_sum, plain.group_square_sum)
     assert torch.equal(found.gradient_norm_squared, plain.gradient_norm_squared)
+
+
+class Largest(TorchDispatchMode):
+    """Keep how many elements the largest tensor has that an operation returned."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        found = function(*args, **(kwargs or {}))
+        for one in tree_leaves(found):
+            if isinstance(one, torch.Tensor):
+                self.elements = max(self.elements, one.numel())
+        return found
+
+
+@pytest.mark.parametrize("positions", [1, 2])
+def test_one_product_an_example_is_not_materialized(positions):
+    examples, layer = 16, nn.Linear(40, 30, bias=False)
+    optimizer = torch.optim.Adam(layer.parameters())
+    inputs = torch.randn(examples, positions, 40)
+    losses = layer(inputs).tanh().sum(dim=(1, 2))
+    with Largest() as seen:
+        cabs_torch.backward(losses, optimizer=optimizer)
+    # Where there are several, they are formed to be squared.
+    assert seen.elements == 40 * 30 * (1 if positions == 1 else examples)
 
 
 def test_a_function_says_what_p_is_and_sees_the_gradient():
