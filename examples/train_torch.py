@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import os
 
 import torch
@@ -32,8 +31,6 @@ class Trainer:
         # torchrun has started several ranks, each with a share of every batch.
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             torch.distributed.init_process_group("gloo")
-            # While Python still runs, for its threads serve other ranks.
-            atexit.register(torch.distributed.destroy_process_group)
             self.trained: nn.Module = nn.parallel.DistributedDataParallel(self.model)
         else:
             self.trained = self.model

@@ -12,7 +12,7 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial
+from functools import cache, partial
 from typing import Any, Self
 
 import torch
@@ -81,6 +81,7 @@ class Measurement:
         self._alone = {leaf for leaf, times in met.items() if times == 1} - behind
         """Parameters of one use, which is all there is to know of them."""
         self._waiting: dict[Node, list[Meeting]] = defaultdict(list)
+        waiting = cache(reductions.waiting)
         for meeting in walk.meetings:
             leaf, together = meeting.source.origin[0], meeting.input.together
             if (
@@ -89,7 +90,7 @@ class Measurement:
                 and leaf in self._alone
                 and leaf not in self._summed
                 and together.examples == examples
-                and together.copied <= reductions.waiting(leaf.variable.device)
+                and together.copied <= waiting(leaf.variable.device)
             ):
                 self._waiting[meeting.node].append(meeting)
             else:

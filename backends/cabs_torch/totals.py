@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from cabs import GradientStatistics
-from cabs_torch.ranks.arrived import arriving, check_alike
+from cabs_torch.ranks.arrived import check_alike
 from cabs_torch.ranks.share import Share
+from cabs_torch.ranks.sums import arriving, begin_sum
 from cabs_torch.statistics import BatchStatistics
 
 # More than all ranks have examples, so that two counts are added up as one number, exactly.
@@ -69,15 +70,14 @@ class TotalStatistics(BatchStatistics):
                 share.norms,
             ]
         )
-        distributed = torch.distributed
         for name, value in {
             "measured": measured,
             "in_metric": share.is_in_metric,
             "_share": share,
-            "_ranks": distributed.get_world_size(group),
+            "_ranks": torch.distributed.get_world_size(group),
             "_is_grouped": is_grouped,
             "_sums": sums,
-            "_work": distributed.all_reduce(sums, group=group, async_op=True),
+            "_work": begin_sum(sums, group),
             "_numbers": None,
         }.items():
             object.__setattr__(self, name, value)

@@ -82,7 +82,7 @@ class Alike:
 
     def __init__(self, squares: SquareSums, arrays: TorchArrays) -> None:
         self._squares, self._arrays = squares, arrays
-        self._groups: dict[object, tuple[Together, list[Any], list[Sequence[Tensor]]]] = {}
+        self._groups: dict[object, tuple[Together, list[Any], list[Sequence[Tensor]], int]] = {}
         self._held = 0
 
     def add(self, owner: Any, given: Together, operands: Sequence[Tensor]) -> bool:
@@ -98,18 +98,19 @@ class Alike:
         key = (given.kind, operands[0].device, *shapes)
         group = self._groups.get(key)
         if group is None:
-            group = self._groups[key] = given, [], []
+            most = reductions.most(operands[0].device)
+            group = self._groups[key] = given, [], [], most
         group[1].append(owner)
         group[2].append(operands)
         self._held += given.copied + given.formed
-        if reductions.chunks(self._held, operands[0].device):
+        if self._held >= group[3]:
             self.end()
         return True
 
     def end(self) -> None:
         """Square whatever waits."""
         groups, self._groups, self._held = self._groups, {}, 0
-        for given, owners, operands in groups.values():
+        for given, owners, operands, _ in groups.values():
             whole = operands[0]
             if len(owners) > 1:
                 whole = [torch.cat(one) for one in zip(*operands, strict=True)]

@@ -41,7 +41,7 @@ _LAUNCHED = 2**18
 
 def parts(examples: int, needed: int, chunk: int | None, device: torch.device) -> Iterator[slice]:
     """Yield slices of examples, of ``chunk``, or of as many as ``needed`` elements each allow."""
-    whole = examples if tracing.is_traced() else max(1, _most(device) // max(needed, 1))
+    whole = examples if tracing.is_traced() else max(1, most(device) // max(needed, 1))
     size = chunk or whole
     for start in range(0, examples, size):
         yield slice(start, min(start + size, examples))
@@ -111,12 +111,8 @@ def waiting(device: torch.device) -> int:
     return _COPIED if tracing.may_look(device) else _LAUNCHED
 
 
-def chunks(elements: int, device: torch.device) -> int:
-    """Return how many times there are as many elements as the temporaries of a chunk may have."""
-    return elements // _most(device)
-
-
-def _most(device: torch.device) -> int:
+def most(device: torch.device) -> int:
+    """Return how many elements the temporaries of a chunk may have."""
     is_near = tracing.may_look(device) or tracing.is_traced()
     return _CHUNK if is_near else _CHUNK_OF_DEVICE
 

@@ -74,12 +74,10 @@ def _norms(tensors: list[Tensor], is_each: bool, device: torch.device) -> Tensor
         found = torch._foreach_norm(tensors, 2, dtype=torch.float64)
         return torch.stack([one.to(device) for one in found])
     alike: dict[object, list[Tensor]] = {}
-    total = 0
+    total, most = 0, reductions.most(device)
     for one in tensors:
         total += one.numel()
-        alike.setdefault((one.device, one.dtype, reductions.chunks(total, one.device)), []).append(
-            one
-        )
+        alike.setdefault((one.device, one.dtype, total // most), []).append(one)
     flat = map(torch._utils._flatten_dense_tensors, alike.values())
     norms = [torch.linalg.vector_norm(one, dtype=torch.float64).to(device) for one in flat]
     return torch.stack(norms) if len(norms) > 1 else norms[0].reshape(1)

@@ -12,8 +12,7 @@ import gc
 import math
 import sys
 import weakref
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -22,6 +21,7 @@ from torch import Tensor
 from cabs_torch.errors import describe
 from cabs_torch.norms.sums import SquareSums, Weights
 from cabs_torch.ranks.process_groups import is_distributed
+from cabs_torch.ranks.sums import arriving, begin_sum
 
 # What fully_shard keeps of each parameter, by the ids of the piece and of the whole.
 _known: dict[int, weakref.ref[Any]] = {}
@@ -198,22 +198,9 @@ class MeanGradient:
         shares, alike = self.squares(number_of, count, device)
         sums = torch.cat([shares, alike.reshape(1)])
         with arriving(self._ranks):
-            torch.distributed.all_reduce(sums, group=self._group)
+            begin_sum(sums, self._group).wait()
         check_alike(float(sums[-1]), float(alike), self._ranks)
         return sums[:-1]
-
-
-@contextmanager
-def arriving(ranks: int) -> Iterator[None]:
-    """Say, where a sum over ranks fails, what that means."""
-    try:
-        yield
-    except RuntimeError as error:
-        raise RuntimeError(
-            f"the sums over {ranks} ranks have not arrived: a rank has ended, is later than the "
-            "timeout of the process group allows, or does something else; start all ranks again "
-            "from a checkpoint"
-        ) from error
 
 
 def check_alike(total: float, own: float, ranks: int) -> None:

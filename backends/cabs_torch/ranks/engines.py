@@ -18,8 +18,9 @@ from torch.nn.functional import pad
 
 from cabs_torch.errors import describe
 from cabs_torch.norms.sums import SquareSums
-from cabs_torch.ranks.arrived import arrived_for, arriving, of_fully_shard
+from cabs_torch.ranks.arrived import arrived_for, of_fully_shard
 from cabs_torch.ranks.process_groups import is_distributed
+from cabs_torch.ranks.sums import arriving, begin_sum
 
 # What parameters' engines have said that they do; the first answer is that of all steps.
 _asked: dict[int, tuple[weakref.ref[Tensor], _Answer]] = {}
@@ -72,7 +73,7 @@ class Smallest:
         summed = torch.cat([self._local, *others])
         if self._group is not None:
             with arriving(torch.distributed.get_world_size(self._group)):
-                torch.distributed.all_reduce(summed, group=self._group)
+                begin_sum(summed, self._group).wait()
         return summed
 
     def _arrived(self) -> Tensor | None:
