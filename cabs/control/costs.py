@@ -1,28 +1,32 @@
 """What a step costs, from the seconds of the steps themselves: a fixed part, and one an example.
 
-Guarantees: a pure function of the timings; slow first steps, pauses and other outliers move the
-estimate no more than medians do; of any number of timings a bounded number is kept.
+Guarantees: a pure function of the timings; slow first steps, pauses and other outliers count for
+nothing beside times that agree; of any number of timings a bounded number is kept.
 """
 
 from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from statistics import median
 from typing import NamedTuple
 
 # Timings kept of batches of about one size, the last ones, and from how many these count.
 _KEPT, _ENOUGH = 31, 3
-# Timings between two fits.
+# Timings between two fits while sizes are varied.
 _BETWEEN = 4
-# The last timings, whose median tells whether the clock has drifted, by how much in logarithms.
+# The last timings, whose median tells whether the clock has drifted, by how much in logarithms; and
+# timings between two fits afterwards.
 _RECENT, _DRIFT = 24, 0.4
 # For how many timings the sizes are varied, at least and at most, and the deviation that ends it.
 _LEAST, _TRIED, _SURE = 16, 96, 0.1
-# A standard deviation over a median absolute deviation, and the standard error of a median over
-# that of a mean, for normal numbers.
-_OF_DEVIATION, _OF_MEDIAN = 1.4826, 1.2533
+# For normal numbers: a standard deviation over a median absolute deviation, and the standard errors
+# of a median and of Tukey's biweight over that of a mean.
+_OF_DEVIATION, _OF_MEDIAN, _OF_BIWEIGHT = 1.4826, 1.2533, 1.0260
+# Standard deviations from which on the biweight counts a number for nothing, and how often weights
+# follow from the line before.
+_FAR, _ROUNDS = 4.685, 2
 
 # Seconds that a step can take: what is beyond is a broken clock, and left out.
 SHORTEST, LONGEST = 1e-9, 1e9
@@ -80,7 +84,7 @@ def timed(clock: Clock, examples: int, seconds: float) -> Clock:
     timing = examples, seconds
     recent, steps = (*clock.recent, timing)[-_RECENT:], clock.steps + 1
     timings = _sorted_in(clock.timings, timing)
-    if steps % _BETWEEN:
+    if steps % (_BETWEEN if clock.explores else _RECENT):
         return Clock(timings, recent, steps, clock.cost, clock.explores)
     if clock.cost is not None and _has_drifted(clock.cost, recent, timings):
         # Of what was timed nothing holds; some of the last timings, too, are those of before.
@@ -116,37 +120,57 @@ def _about(examples: int) -> tuple[int, int]:
 def _has_drifted(cost: StepCost, recent: tuple[Timing, ...], timings: Timings) -> bool:
     """Return whether the last timings are those of another machine, and not of a noisy one."""
     ratio = median(seconds / (cost.fixed + cost.per_example * m) for m, seconds in recent)
-    error = _scatter(timings, cost.fixed, cost.per_example) / math.sqrt(len(recent))
+    away = _away((one for group in timings for one in group), cost.fixed, cost.per_example)
+    error = _OF_MEDIAN * _scatter(away) / math.sqrt(len(recent))
     return abs(math.log(ratio)) > max(_DRIFT, 5.0 * error) and len(recent) == _RECENT
 
 
-def _scatter(timings: Timings, fixed: float, per_example: float) -> float:
-    """Return the relative standard error of one timing, as part of a median of them."""
-    away = [
-        abs(seconds / (fixed + per_example * examples) - 1.0)
-        for one in timings
-        for examples, seconds in one
-    ]
-    return _OF_DEVIATION * _OF_MEDIAN * median(away)
-
-
 def _fitted(timings: Timings) -> StepCost | None:
-    """Return the line through the medians of each size, weighed by their errors."""
+    """Return the line through the timings, weighed by their errors and by how far they are away.
+
+    It starts from the line through the medians of each size, and goes on with Tukey's biweight
+    (Beaton, Tukey: "The fitting of power series, meaning polynomials, illustrated on
+    band-spectroscopic data", Technometrics 16, 1974): of a size with three timings, two of them
+    pauses, the median is a pause.
+    """
     groups = [one for one in timings if len(one) >= _ENOUGH]
     if len(groups) < 2:
         return None
-    sizes = [median(examples for examples, _ in one) for one in groups]
-    times = [median(seconds for _, seconds in one) for one in groups]
+    every = [one for group in timings for one in group]
+    middles = [(median(m for m, _ in one), median(time for _, time in one)) for one in groups]
     # The error of a time is in proportion to it.
-    weights = [len(one) / time**2 for one, time in zip(groups, times, strict=True)]
+    weights = [len(one) / time**2 for one, (_, time) in zip(groups, middles, strict=True)]
+    cost = _through(middles, weights, every, _OF_MEDIAN)
+    for _ in range(_ROUNDS):
+        away = _away(every, cost.fixed, cost.per_example)
+        # Times of a clock that is exact agree to rounding.
+        most = _FAR * max(_scatter(away), 1e-12)
+        weights = [
+            (max(1.0 - (one / most) ** 2, 0.0) * (1.0 + one) / seconds) ** 2
+            for one, (_, seconds) in zip(away, every, strict=True)
+        ]
+        cost = _through(every, weights, every, _OF_BIWEIGHT)
+    return cost
+
+
+def _through(
+    points: Sequence[tuple[float, float]],
+    weights: list[float],
+    timings: list[Timing],
+    efficiency: float,
+) -> StepCost:
+    """Return the line through points, and how sure it is by how far away the timings are."""
+    sizes, times = zip(*points, strict=True)
     total = math.fsum(weights)
     size = _dot(weights, sizes) / total
     time = _dot(weights, times) / total
     away = [one - size for one in sizes]
-    spread = _dot([one * one for one in away], weights)
+    # Above 0 where all that counts has one size: noise then hides the slope.
+    spread = max(_dot([one * one for one in away], weights), 1e-12 * size * size * total)
     slope = _dot([one * weight for one, weight in zip(away, weights, strict=True)], times) / spread
-    # Medians at sizes that lie together can have a line that falls, or meets zero too late.
-    scatter = _scatter(timings, max(time - slope * size, 0.0), max(slope, 0.0))
+    # Sizes that lie together can have a line that falls, or meets zero too late.
+    least = max(time - slope * size, 0.0), max(slope, 0.0)
+    scatter = efficiency * _scatter(_away(timings, *least))
     error = scatter / math.sqrt(spread)
     # A slope that noise hides is taken for as large as it may be: h is then too small, and finite.
     slope = max(slope, error, 1e-9 * time / size)
@@ -154,6 +178,16 @@ def _fitted(timings: Timings) -> StepCost | None:
     # h = time / slope - size, whose two parts err independently.
     deviation = math.hypot(time / slope * (error / slope), scatter / math.sqrt(total) / slope)
     return StepCost(fixed, slope, deviation)
+
+
+def _away(timings: Iterable[Timing], fixed: float, per_example: float) -> list[float]:
+    """Return by how much times are longer than a line says, relative to it."""
+    return [seconds / (fixed + per_example * examples) - 1.0 for examples, seconds in timings]
+
+
+def _scatter(away: Iterable[float]) -> float:
+    """Return the relative standard deviation of a timing, as far as most of them tell."""
+    return _OF_DEVIATION * median(map(abs, away))
 
 
 def _dot(left: Iterable[float], right: Iterable[float]) -> float:
