@@ -14,11 +14,10 @@ from typing import NamedTuple
 
 # Timings kept of batches of about one size, the last ones, and from how many these count.
 _KEPT, _ENOUGH = 31, 3
-# Timings between two fits while sizes are varied.
+# Timings between two fits.
 _BETWEEN = 4
-# The last timings, whose median tells whether the clock has drifted, by how much in logarithms; and
-# timings between two fits afterwards.
-_RECENT, _DRIFT = 24, 0.4
+# The last timings, of which all but some tell that the clock has drifted, and by which factor.
+_RECENT, _STRAYS, _DRIFT = 24, 3, 1.5
 # For how many timings the sizes are varied, at least and at most, and the deviation that ends it.
 _LEAST, _TRIED, _SURE = 16, 96, 0.1
 # For normal numbers: a standard deviation over a median absolute deviation, and the standard errors
@@ -83,17 +82,19 @@ def timed(clock: Clock, examples: int, seconds: float) -> Clock:
         return clock
     timing = examples, seconds
     recent, steps = (*clock.recent, timing)[-_RECENT:], clock.steps + 1
+    if not clock.explores:
+        # What is timed at other times than the sizes that tell the slope would tilt the line: a
+        # machine that becomes slower as a whole has the same overhead.
+        if clock.cost is not None and _has_drifted(clock.cost, recent):
+            return Clock(cost=clock.cost)
+        return clock._replace(recent=recent, steps=steps)
     timings = _sorted_in(clock.timings, timing)
-    if steps % (_BETWEEN if clock.explores else _RECENT):
-        return Clock(timings, recent, steps, clock.cost, clock.explores)
-    if clock.cost is not None and _has_drifted(clock.cost, recent, timings):
-        # Of what was timed nothing holds; some of the last timings, too, are those of before.
-        return Clock(cost=clock.cost)
+    if steps % _BETWEEN:
+        return Clock(timings, recent, steps, clock.cost)
     cost = _fitted(timings) or clock.cost
-    explores = (
-        clock.explores and steps < _TRIED and not (steps >= _LEAST and _is_sure(cost, recent))
-    )
-    return Clock(timings, recent, steps, cost, explores)
+    if steps >= _TRIED or (steps >= _LEAST and _is_sure(cost, recent)):
+        return Clock((), recent, steps, cost, explores=False)
+    return Clock(timings, recent, steps, cost)
 
 
 def _is_sure(cost: StepCost | None, recent: tuple[Timing, ...]) -> bool:
@@ -117,12 +118,12 @@ def _about(examples: int) -> tuple[int, int]:
     return bits, examples >> max(bits - 2, 0)
 
 
-def _has_drifted(cost: StepCost, recent: tuple[Timing, ...], timings: Timings) -> bool:
-    """Return whether the last timings are those of another machine, and not of a noisy one."""
-    ratio = median(seconds / (cost.fixed + cost.per_example * m) for m, seconds in recent)
-    away = _away((one for group in timings for one in group), cost.fixed, cost.per_example)
-    error = _OF_MEDIAN * _scatter(away) / math.sqrt(len(recent))
-    return abs(math.log(ratio)) > max(_DRIFT, 5.0 * error) and len(recent) == _RECENT
+def _has_drifted(cost: StepCost, recent: tuple[Timing, ...]) -> bool:
+    """Return whether nearly all of the last timings are those of another machine."""
+    if len(recent) < _RECENT:
+        return False
+    away = sorted(_away(recent, cost.fixed, cost.per_example))
+    return away[_STRAYS] > _DRIFT - 1.0 or away[-1 - _STRAYS] < 1.0 / _DRIFT - 1.0
 
 
 def _fitted(timings: Timings) -> StepCost | None:

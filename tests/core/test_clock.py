@@ -129,6 +129,38 @@ def test_a_machine_twice_as_slow_is_noticed_and_timed_anew():
     assert controller.step_cost.overhead == pytest.approx(256.0, rel=1e-6)
 
 
+@pytest.mark.parametrize("factor", [0.3, 0.5, 0.9, 1.1, 1.4, 2.0, 10.0])
+@pytest.mark.parametrize("trace", [800.0, 1e6])
+def test_a_machine_that_is_slower_as_a_whole_has_the_same_overhead(factor, trace):
+    # With the larger trace the size stays at the largest, and no other is timed but to explore.
+    random, count = np.random.default_rng(0), 0
+
+    def clock(_, seconds):
+        nonlocal count
+        count += 1
+        seconds *= math.exp(0.03 * random.standard_normal())
+        return seconds * (factor if count > 500 else 1.0)
+
+    controller, _ = trained(1024.0, clock, steps=1500, trace=trace)
+    assert controller.step_cost.overhead == pytest.approx(1024.0, rel=0.2)
+    seconds = controller.step_cost.per_example * (1024.0 + 4096.0)
+    expected = EACH * (1024.0 + 4096.0)
+    if not 0.7 < factor < 1.45:
+        # It was noticed, and timed anew.
+        expected *= factor
+    assert seconds == pytest.approx(expected, rel=0.1)
+
+
+@pytest.mark.parametrize("share", [0.2, 0.4, 0.5])
+def test_a_clock_that_is_fast_or_slow_by_chance_is_not_explored_for_ever(share):
+    def clock(random, seconds):
+        return seconds * (10.0 if random.random() < share else 1.0)
+
+    _, decisions = trained(1024.0, clock, steps=3000)
+    explored = [decision.reason.value == "exploring" for decision in decisions]
+    assert sum(explored) <= 3 * 96
+
+
 def test_a_cost_that_no_size_shows_is_a_large_overhead():
     # As on a device that a batch does not fill.
     controller, _ = trained(1e9, heavy_tailed)
