@@ -146,6 +146,7 @@ def _fitted(timings: Timings) -> StepCost | None:
         away = _away(every, cost.fixed, cost.per_example)
         # Times of a clock that is exact agree to rounding.
         most = _FAR * max(_scatter(away), 1e-12)
+        # A time over one more than how far it is away is what the line says.
         weights = [
             (max(1.0 - (one / most) ** 2, 0.0) * (1.0 + one) / seconds) ** 2
             for one, (_, seconds) in zip(away, every, strict=True)

@@ -4,7 +4,9 @@ from collections import Counter
 from contextlib import contextmanager
 from unittest import mock
 
+import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 # They return a number of the device's to Python, or a tensor whose size depends on values.
 WAITING = frozenset(
@@ -23,6 +25,8 @@ class Dispatched(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.kernels = Counter()
+        self.largest = 0
+        """How many elements the largest tensor has that was returned."""
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -31,7 +35,10 @@ class Dispatched(TorchDispatchMode):
         is_view = any(one is not None and not one.is_write for one in returned)
         if not is_view and name not in _FREE:
             self.kernels[name] += 1
-        return function(*args, **kwargs)
+        found = function(*args, **kwargs)
+        tensors = (one for one in tree_leaves(found) if isinstance(one, torch.Tensor))
+        self.largest = max(self.largest, *(one.numel() for one in tensors), 0)
+        return found
 
 
 @contextmanager

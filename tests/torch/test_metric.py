@@ -9,14 +9,13 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 import cabs
 import cabs_torch
 from cabs_torch import summed
 from cabs_torch.norms import reductions
+from tests.torch.dispatched import Dispatched
 from tests.torch.models import Residual, cross_entropy, squares
 from tests.torch.reference import gradients_one_by_one
 from tests.torch.test_networks import BLOCKS, Network, word_losses
@@ -189,29 +188,16 @@ def test_the_metric_of_gradient_descent_is_that_of_no_metric(options):
     assert torch.equal(found.gradient_norm_squared, plain.gradient_norm_squared)
 
 
-class Largest(TorchDispatchMode):
-    """Keep how many elements the largest tensor has that an operation returned."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        found = function(*args, **(kwargs or {}))
-        for one in tree_leaves(found):
-            if isinstance(one, torch.Tensor):
-                self.elements = max(self.elements, one.numel())
-        return found
-
-
 @pytest.mark.parametrize("positions", [1, 2])
 def test_one_product_an_example_is_not_materialized(positions):
     examples, layer = 16, nn.Linear(40, 30, bias=False)
     optimizer = torch.optim.Adam(layer.parameters())
     inputs = torch.randn(examples, positions, 40)
     losses = layer(inputs).tanh().sum(dim=(1, 2))
-    with Largest() as seen:
+    with Dispatched() as seen:
         cabs_torch.backward(losses, optimizer=optimizer)
     # Where there are several, they are formed to be squared.
-    assert seen.elements == 40 * 30 * (1 if positions == 1 else examples)
+    assert seen.largest == 40 * 30 * (1 if positions == 1 else examples)
 
 
 def test_a_function_says_what_p_is_and_sees_the_gradient():

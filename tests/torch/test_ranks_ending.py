@@ -32,7 +32,6 @@ def train(rank, folder):
         statistics = cabs_torch.backward(losses)
         assert statistics.read().examples == 8
 
-ranks = []
 for _ in range(4):
     folder = tempfile.mkdtemp(dir={folder!r})
     ranks = []

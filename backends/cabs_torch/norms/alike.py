@@ -100,10 +100,11 @@ class Alike:
         if group is None:
             most = reductions.most(operands[0].device)
             group = self._groups[key] = given, [], [], most
-        group[1].append(owner)
-        group[2].append(operands)
+        _, owners, waiting, most = group
+        owners.append(owner)
+        waiting.append(operands)
         self._held += given.copied + given.formed
-        if self._held >= group[3]:
+        if self._held >= most:
             self.end()
         return True
 
